@@ -1,0 +1,1 @@
+"""Learned block-sparse attention for any PyTorch model, as a compiler pass."""

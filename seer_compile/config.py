@@ -1,0 +1,189 @@
+"""Configuration: gates, selectors, calibration. Frozen, keyword-only, checked on construction."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
+
+from seer_compile.errors import RangeError
+from seer_compile.types import POOL_KINDS, BlockSize, PoolKind
+
+
+def _check(condition: bool, argument: str, got: object, expected: str) -> None:
+    if not condition:
+        raise RangeError(argument=argument, got=got, expected=expected)
+
+
+def _check_fraction(argument: str, got: float) -> None:
+    _check(math.isfinite(got) and 0.0 < got <= 1.0, argument, got, "a number in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopP:
+    """Keep the fewest blocks whose scores reach a share of their row's sum."""
+
+    name: ClassVar[str] = "top_p"
+    mass: float = 0.95
+    """Share of the row's score to keep, in (0, 1]. 1 keeps every visible block."""
+
+    def __post_init__(self) -> None:
+        _check_fraction("mass", self.mass)
+
+    @property
+    def budget(self) -> float:
+        """The number handed to the operator."""
+        return self.mass
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Fraction:
+    """Keep the same share of the visible blocks in every row, rounded up."""
+
+    name: ClassVar[str] = "fraction"
+    density: float = 0.1
+    """Kept blocks / visible blocks, in (0, 1]."""
+
+    def __post_init__(self) -> None:
+        _check_fraction("density", self.density)
+
+    @property
+    def budget(self) -> float:
+        """The number handed to the operator."""
+        return self.density
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TopK:
+    """Keep the same number of blocks in every row."""
+
+    name: ClassVar[str] = "top_k"
+    blocks: int = 32
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.blocks, int) and self.blocks >= 1, "blocks", self.blocks, ">= 1")
+
+    @property
+    def budget(self) -> float:
+        """The number handed to the operator."""
+        return float(self.blocks)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Threshold:
+    """Keep every block whose share of its row is at least ``ratio`` times the uniform share.
+
+    The published threshold is absolute and so grows stricter with length; relative to
+    ``1 / visible blocks`` it means the same at every length.
+    """
+
+    name: ClassVar[str] = "threshold"
+    ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        _check(math.isfinite(self.ratio) and self.ratio > 0, "ratio", self.ratio, "> 0")
+
+    @property
+    def budget(self) -> float:
+        """The number handed to the operator."""
+        return self.ratio
+
+
+Selector = TopP | Fraction | TopK | Threshold
+SELECTORS: tuple[type[Selector], ...] = (TopP, Fraction, TopK, Threshold)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class GateConfig:
+    """Shape of the gates and how their scores become a selection.
+
+    The defaults are the measured best; :meth:`paper` is the published configuration.
+    """
+
+    query_pools: tuple[PoolKind, ...] = POOL_KINDS
+    key_pools: tuple[PoolKind, ...] = POOL_KINDS
+    sub_block: int = 8
+    """Tokens per sub-block, the unit of pooling; divides both block sizes."""
+    gate_dim: int = 64
+    block_size: BlockSize = field(default_factory=BlockSize)
+    share_group: bool = False
+    """One selection for all query heads of a key/value head."""
+    selector: Selector = field(default_factory=TopP)
+
+    def __post_init__(self) -> None:
+        for name in ("query_pools", "key_pools"):
+            kinds = getattr(self, name)
+            is_valid = bool(kinds) and set(kinds) <= set(POOL_KINDS)
+            _check(
+                is_valid and len(set(kinds)) == len(kinds),
+                name,
+                kinds,
+                f"a non-empty tuple of distinct kinds out of {POOL_KINDS}",
+            )
+        _check(
+            self.sub_block in (4, 8, 16, 32, 64), "sub_block", self.sub_block, "4, 8, 16, 32, 64"
+        )
+        for side in ("query", "key"):
+            tokens = getattr(self.block_size, side)
+            _check(
+                tokens % self.sub_block == 0,
+                "sub_block",
+                self.sub_block,
+                f"a divisor of block_size.{side}={tokens}",
+            )
+        _check(self.gate_dim in (16, 32, 64, 128), "gate_dim", self.gate_dim, "16, 32, 64 or 128")
+
+    @classmethod
+    def paper(cls, *, density: float = 0.1) -> GateConfig:
+        """Return the published pooling and selection: 64-token pooling, fixed share per row.
+
+        Source:
+            Gao et al., "SeerAttention", arXiv:2410.13276, section 3 (``Qavg_Kmaxminavg``).
+        """
+        return cls(
+            query_pools=("mean",),
+            key_pools=("max", "min", "mean"),
+            sub_block=64,
+            gate_dim=128,
+            selector=Fraction(density=density),
+        )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class CalibrationConfig:
+    """How gates are trained. Steps count batches."""
+
+    steps: int = 400
+    learning_rate: float = 1e-3
+    """Peak of a linear warm-up followed by a cosine to ``final_learning_rate``."""
+    final_learning_rate: float = 1e-5
+    warmup_steps: int = 20
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    """Largest gradient norm per gate."""
+    loss: Literal["kl", "mse"] = "kl"
+    target: Literal["mass", "max"] = "mass"
+    """``mass``: sum over the keys of a block, ours. ``max``: largest probability, the paper's."""
+    rows_per_step: int = 4096
+    """Query sub-blocks per sequence that enter the loss; all when a sequence has fewer."""
+    holdout_batches: int = 4
+    """Batches kept out of training, on which the mass and density tables are made."""
+    seed: int = 0
+    checkpoint_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "rows_per_step", "checkpoint_every", "holdout_batches"):
+            value = getattr(self, name)
+            _check(isinstance(value, int) and value >= 1, name, value, "an integer >= 1")
+        _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, ">= 0")
+        _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
+        _check(
+            0 <= self.final_learning_rate <= self.learning_rate,
+            "final_learning_rate",
+            self.final_learning_rate,
+            "in [0, learning_rate]",
+        )
+        _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
+        _check(self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
+        _check(self.loss in ("kl", "mse"), "loss", self.loss, "'kl' or 'mse'")
+        _check(self.target in ("mass", "max"), "target", self.target, "'mass' or 'max'")
