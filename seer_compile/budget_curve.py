@@ -1,0 +1,224 @@
+"""What a budget buys at one site: measured density and captured mass, and how to share a density.
+
+A curve is measured at calibration and stored with the gates, so that the budget can be moved at
+run time without data. L lengths, P budgets.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from seer_compile.errors import RangeError, SeerInputError
+
+Allocation = Literal["uniform", "equal_marginal"]
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "equal_marginal")
+
+# A mass of exactly 1 has no finite log odds; this is where it is drawn.
+_LEAST_REST = 1e-6
+_LEAST_DENSITY = 1e-6
+_Row = tuple[float, ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BudgetCurve:
+    """Density and captured mass of one site against the selector's budget, per sequence length."""
+
+    selector: str
+    """Name of the selector that the budgets belong to."""
+    lengths: tuple[int, ...]
+    """Key tokens of the measured sequences, ascending."""
+    budgets: _Row
+    """P numbers handed to the selector, in the order of rising density."""
+    densities: tuple[_Row, ...]
+    """L x P: kept blocks / visible blocks."""
+    captured_mass: tuple[_Row, ...]
+    """L x P: share of the dense attention probability inside the selection, mean over rows."""
+    errors: tuple[_Row, ...] | None = None
+    """L x P: relative L2 error of the site's output; None when it was not measured."""
+
+    def __post_init__(self) -> None:
+        if not self.lengths or not self.budgets or list(self.lengths) != sorted(set(self.lengths)):
+            raise SeerInputError("a budget curve needs ascending lengths and at least one budget")
+        for name in ("densities", "captured_mass", "errors"):
+            table = getattr(self, name)
+            if table is None:
+                continue
+            shape = (len(table), *{len(row) for row in table})
+            if shape != (len(self.lengths), len(self.budgets)) or not np.isfinite(table).all():
+                raise SeerInputError(
+                    argument=name,
+                    got=shape,
+                    expected=f"{len(self.lengths)} x {len(self.budgets)} finite numbers",
+                )
+
+    def row(self, name: str, length: float) -> np.ndarray:
+        """Return ``Float64[P]`` of one table at a length, linear in log2(length), clamped."""
+        table = np.asarray(getattr(self, name), dtype=np.float64)
+        places = np.log2(np.asarray(self.lengths, dtype=np.float64))
+        place = float(np.clip(math.log2(max(length, 1)), places[0], places[-1]))
+        return np.array([np.interp(place, places, column) for column in table.T])
+
+    def budget_for(self, length: float, *, density: float) -> float:
+        """Return the budget that gives a density at a length; the nearest measured end outside."""
+        known = np.log(np.maximum(self.row("densities", length), _LEAST_DENSITY))
+        wanted = math.log(max(density, _LEAST_DENSITY))
+        return self._from_axis(np.interp(wanted, np.maximum.accumulate(known), self._axis()))
+
+    def budget_for_mass(self, length: float, *, mass: float) -> float:
+        """Return the smallest budget whose captured mass reaches ``mass`` at a length."""
+        rest = 1 - np.maximum.accumulate(self.row("captured_mass", length))
+        known = -np.log(np.maximum(rest, _LEAST_REST))
+        wanted = -math.log(max(1 - mass, _LEAST_REST))
+        return self._from_axis(np.interp(wanted, known, self._axis()))
+
+    def budget_for_error(self, length: float, *, error: float) -> float:
+        """Return the smallest budget whose output error stays within ``error`` at a length.
+
+        Raises:
+            SeerInputError: Errors were not measured.
+        """
+        if self.errors is None:
+            raise SeerInputError(
+                "output errors were not measured for these gates",
+                hint="Calibrate with max_error=... to measure them.",
+            )
+        known = -np.log(np.maximum(self.row("errors", length), _LEAST_REST))
+        wanted = -math.log(max(error, _LEAST_REST))
+        return self._from_axis(np.interp(wanted, np.maximum.accumulate(known), self._axis()))
+
+    def value_at(self, name: str, length: float, budget: float) -> float:
+        """Return one table's value at a length and budget, by interpolation."""
+        axis, values = self._axis(), self.row(name, length)
+        place = self._to_axis(np.asarray([budget]))[0]
+        if axis[0] > axis[-1]:
+            axis, values = axis[::-1], values[::-1]
+        return float(np.interp(place, axis, values))
+
+    def mass_at_density(self, length: float, density: float) -> float:
+        """Return the captured mass that a density buys at a length."""
+        known = np.maximum.accumulate(self.row("densities", length))
+        return float(np.interp(density, known, self.row("captured_mass", length)))
+
+    def to_json(self) -> dict[str, Any]:
+        """Return plain data for a file."""
+        return {name: getattr(self, name) for name in self.__slots__}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> BudgetCurve:
+        """Rebuild a curve from :meth:`to_json`.
+
+        Raises:
+            SeerInputError: The data is not a curve.
+        """
+        try:
+            errors = data.get("errors")
+            return cls(
+                selector=str(data["selector"]),
+                lengths=tuple(int(length) for length in data["lengths"]),
+                budgets=_row(data["budgets"]),
+                densities=_table(data["densities"]),
+                captured_mass=_table(data["captured_mass"]),
+                errors=None if errors is None else _table(errors),
+            )
+        except (KeyError, TypeError, ValueError) as cause:
+            raise SeerInputError(f"not a budget curve: {cause}") from cause
+
+    def _axis(self) -> np.ndarray:
+        return self._to_axis(np.asarray(self.budgets, dtype=np.float64))
+
+    def _to_axis(self, budgets: np.ndarray) -> np.ndarray:
+        # Density is close to a straight line in these coordinates, far from it in the raw ones.
+        if self.selector == "top_p":
+            return -np.log(np.maximum(1 - budgets, _LEAST_REST))
+        return np.log(np.maximum(budgets, 1e-12))
+
+    def _from_axis(self, place: float) -> float:
+        if self.selector == "top_p":
+            rest = math.exp(-float(place))
+            return 1.0 if rest <= _LEAST_REST * (1 + 1e-9) else 1 - rest
+        return math.exp(float(place))
+
+
+def allocate(
+    curves: Mapping[str, BudgetCurve],
+    density: float,
+    *,
+    length: float,
+    allocation: Allocation = "uniform",
+) -> dict[str, float]:
+    """Share an average density between sites.
+
+    ``uniform`` gives every site the same density. ``equal_marginal`` spends the blocks where the
+    measured captured mass rises fastest, until the average is reached: no exchange of blocks
+    between two sites would capture more in total. It weighs sites equally.
+
+    Args:
+        curves: Measured curve of each site.
+        density: Mean over sites of kept blocks / visible blocks, in (0, 1].
+        length: Key tokens.
+        allocation: How to share.
+
+    Returns:
+        Density of each site.
+
+    Raises:
+        RangeError: The density is not in (0, 1], or the allocation is unknown.
+    """
+    check_fraction("density", density)
+    if allocation == "uniform":
+        return dict.fromkeys(curves, density)
+    if allocation != "equal_marginal":
+        raise RangeError(argument="allocation", got=allocation, expected=f"one of {ALLOCATIONS}")
+    hulls = {name: _concave_hull(curve, length) for name, curve in curves.items()}
+    shares = {name: float(hull[0][0]) for name, hull in hulls.items()}
+    segments = [
+        ((right[1] - left[1]) / (right[0] - left[0]), name, right[0] - left[0])
+        for name, hull in hulls.items()
+        for left, right in itertools.pairwise(hull)
+    ]
+    left_over = density * len(curves) - sum(shares.values())
+    for _, name, width in sorted(segments, key=lambda segment: -segment[0]):
+        if left_over <= 0:
+            break
+        spent = min(width, left_over)
+        shares[name] += spent
+        left_over -= spent
+    return shares
+
+
+def _concave_hull(curve: BudgetCurve, length: float) -> list[tuple[float, float]]:
+    """Return the upper hull of (density, mass), so that marginal gains only fall along it."""
+    densities = np.maximum.accumulate(curve.row("densities", length))
+    hull: list[tuple[float, float]] = []
+    for point in zip(densities.tolist(), curve.row("captured_mass", length).tolist(), strict=True):
+        if hull and point[0] - hull[-1][0] < 1e-12:
+            hull[-1] = (hull[-1][0], max(hull[-1][1], point[1]))
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(left: Sequence[float], right: Sequence[float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
+def check_fraction(argument: str, value: float) -> None:
+    """Raise unless a value is a number in (0, 1]."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+        raise RangeError(argument=argument, got=value, expected="a number in (0, 1]")
+
+
+def _row(values: Sequence[Any]) -> _Row:
+    return tuple(float(value) for value in values)
+
+
+def _table(rows: Sequence[Sequence[Any]]) -> tuple[_Row, ...]:
+    return tuple(_row(row) for row in rows)

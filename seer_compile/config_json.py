@@ -1,0 +1,41 @@
+"""Gate configurations as plain data, for files and state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from seer_compile.config import SELECTORS, GateConfig
+from seer_compile.types import BlockSize
+
+
+def config_to_json(config: GateConfig) -> dict[str, Any]:
+    """Return a gate configuration as plain data."""
+    selector = config.selector
+    return {
+        "query_pools": list(config.query_pools),
+        "key_pools": list(config.key_pools),
+        "sub_block": config.sub_block,
+        "gate_dim": config.gate_dim,
+        "block_size": [config.block_size.query, config.block_size.key],
+        "share_group": config.share_group,
+        "selector": [selector.name, selector.budget],
+    }
+
+
+def config_from_json(data: Mapping[str, Any]) -> GateConfig:
+    """Rebuild a gate configuration; raises as its constructor does, or KeyError."""
+    name, budget = data["selector"]
+    kinds = {kind.name: kind for kind in SELECTORS}
+    number: Any = int(budget) if name == "top_k" else float(budget)
+    (argument,) = kinds[name].__slots__
+    query, key = data["block_size"]
+    return GateConfig(
+        query_pools=tuple(data["query_pools"]),
+        key_pools=tuple(data["key_pools"]),
+        sub_block=int(data["sub_block"]),
+        gate_dim=int(data["gate_dim"]),
+        block_size=BlockSize(query=int(query), key=int(key)),
+        share_group=bool(data["share_group"]),
+        selector=kinds[name](**{argument: number}),
+    )

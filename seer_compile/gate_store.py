@@ -1,0 +1,369 @@
+"""The owner of all gates of one model: creation by site name, mode, budgets, state dict."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import threading
+import zlib
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
+
+from seer_compile.budget_curve import Allocation, BudgetCurve, allocate, check_fraction
+from seer_compile.config import GateConfig
+from seer_compile.config_json import config_from_json, config_to_json
+from seer_compile.errors import (
+    GateMismatchError,
+    ModelStateError,
+    SeerInputError,
+)
+from seer_compile.gate import BUDGET_LENGTHS, AttnGate
+
+METADATA_VERSION = 1
+
+
+class GateStore(nn.Module):
+    """All gates of one model, by site name.
+
+    Its state dict carries the gates and, as JSON bytes in ``metadata``, what is needed to build
+    them: loading it into an empty store creates the gates. A state dict without any gate (the
+    base model's checkpoint) leaves the gates as they are.
+
+    Args:
+        config: Shape of every gate, and the selector.
+        seed: Of the gates' initial values.
+    """
+
+    metadata: Tensor
+    """``UInt8[bytes]``: JSON; safetensors and ``save_pretrained`` carry tensors only."""
+
+    def __init__(self, config: GateConfig | None = None, *, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config or GateConfig()
+        self.seed = seed
+        self.gates = nn.ModuleDict()
+        self._names: dict[str, str] = {}
+        self._is_sparse = False
+        self._untrained_may_answer = False
+        self._absent_prefix: str | None = None
+        self._lock = threading.RLock()
+        self.register_buffer("metadata", torch.empty(0, dtype=torch.uint8, device="cpu"))
+        self.register_load_state_dict_post_hook(_forgive_absent_gates)
+        self.write_metadata()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out the lock, which can be neither pickled nor copied."""
+        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._lock = threading.RLock()
+
+    @property
+    def lock(self) -> threading.RLock:
+        """Held while gates are created or swapped."""
+        return self._lock
+
+    @property
+    def is_calibrated(self) -> bool:
+        """Whether there are gates and all of them are trained."""
+        return bool(self._names) and all(gate.is_trained for _, gate in self.items())
+
+    def names(self) -> tuple[str, ...]:
+        """Return the site names in the order of creation."""
+        return tuple(self._names)
+
+    def get(self, name: str) -> AttnGate | None:
+        """Return the gate of a site, or None."""
+        key = self._names.get(name)
+        return None if key is None else self._gate(key)
+
+    def items(self) -> Iterator[tuple[str, AttnGate]]:
+        """Iterate over site names and gates in the order of creation."""
+        for name, key in list(self._names.items()):
+            yield name, self._gate(key)
+
+    def get_or_create(
+        self,
+        name: str,
+        *,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        scale: float | None = None,
+        device: torch.device | str | None = None,
+    ) -> AttnGate:
+        """Return the gate of a site, building it when the name is new.
+
+        Safe while a graph is being traced: the parameters are real tensors whatever modes are on.
+
+        Args:
+            name: Site name.
+            heads: Query heads.
+            kv_heads: Key/value heads.
+            head_dim: Channels per head.
+            scale: Factor on the logits of the site; ``1 / sqrt(head_dim)`` when None.
+            device: Where a new gate lives; the CPU when None.
+
+        Raises:
+            GateMismatchError: The name exists with other sizes.
+        """
+        with self._lock:
+            gate = self.get(name)
+            if gate is None:
+                with real_tensors():
+                    gate = AttnGate(
+                        heads,
+                        kv_heads,
+                        head_dim,
+                        config=self.config,
+                        scale=scale,
+                        seed=self.seed + zlib.crc32(name.encode()),
+                        device=device,
+                    )
+                    self._add(name, gate)
+                    self.write_metadata()
+            sizes = (gate.heads, gate.kv_heads, gate.head_dim)
+            if sizes != (heads, kv_heads, head_dim):
+                raise GateMismatchError(
+                    argument="(heads, kv_heads, head_dim)",
+                    got=(heads, kv_heads, head_dim),
+                    expected=f"{sizes}, the sizes of the gate that exists",
+                    context={"site": name},
+                )
+            return gate
+
+    def set_mode(self, sparse: bool, *, untrained: bool | None = None) -> None:
+        """Let gates answer sparsely or not; gates created later follow.
+
+        Args:
+            sparse: False answers every site densely.
+            untrained: Whether gates that were never trained may answer sparsely (the zero-shot
+                gate); unchanged when None, and False in a new store.
+        """
+        with self._lock, torch.no_grad():
+            self._is_sparse = sparse
+            if untrained is not None:
+                self._untrained_may_answer = untrained
+            for _, gate in self.items():
+                self._apply_mode(gate)
+
+    def set_budget(
+        self,
+        *,
+        density: float | None = None,
+        mass: float | None = None,
+        max_error: float | None = None,
+        allocation: Allocation = "uniform",
+    ) -> None:
+        """Move every gate to a budget along its measured curve, in place, without a recompile.
+
+        Args:
+            density: Average share of visible blocks to keep, in (0, 1].
+            mass: Share of the attention mass to capture at every site, in (0, 1].
+            max_error: Largest relative L2 error of a site's output, in (0, 1].
+            allocation: How sites share an average density.
+
+        Raises:
+            SeerInputError: Not exactly one target is given, or it is out of range.
+            ModelStateError: A gate has no curve that translates the target.
+        """
+        targets = {"density": density, "mass": mass, "max_error": max_error}
+        given = {name: value for name, value in targets.items() if value is not None}
+        if len(given) != 1:
+            raise SeerInputError(
+                argument="targets", got=given, expected="exactly one of density, mass, max_error"
+            )
+        ((target, value),) = given.items()
+        check_fraction(target, value)
+        with self._lock:
+            tables = self._budget_tables(target, float(value), allocation)
+            with torch.no_grad():
+                for name, table in tables.items():
+                    gate = self._gate(self._names[name])
+                    gate.budget.copy_(torch.tensor(table, dtype=torch.float32, device="cpu"))
+            self.write_metadata()
+
+    def _budget_tables(
+        self, target: str, value: float, allocation: Allocation
+    ) -> dict[str, list[float]]:
+        curves = {name: gate.curve for name, gate in self.items() if gate.curve is not None}
+        tables = {
+            name: [_translate(target, value, self.config, name)] * len(BUDGET_LENGTHS)
+            for name in self._names
+            if name not in curves
+        }
+        if not curves:
+            return tables
+        for name in curves:
+            tables[name] = []
+        for length in BUDGET_LENGTHS:
+            shares = (
+                allocate(curves, value, length=length, allocation=allocation)
+                if target == "density"
+                else {}
+            )
+            for name, curve in curves.items():
+                tables[name].append(_point(curve, length, target, shares.get(name, value)))
+        return tables
+
+    def write_metadata(self) -> None:
+        """Rewrite the JSON buffer from the gates; call after changing a curve or a flag."""
+        text = json.dumps(self.describe(), sort_keys=True, separators=(",", ":"))
+        with real_tensors():
+            payload = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+            self.metadata = payload.to(self.metadata.device)
+
+    def describe(self) -> dict[str, Any]:
+        """Return plain data from which the gates can be built, without their weights."""
+        return {
+            "version": METADATA_VERSION,
+            "config": config_to_json(self.config),
+            "seed": self.seed,
+            "gates": [
+                {
+                    "name": name,
+                    "key": self._names[name],
+                    "heads": gate.heads,
+                    "kv_heads": gate.kv_heads,
+                    "head_dim": gate.head_dim,
+                    "scale": gate.scale,
+                    "seed": gate.seed,
+                    "is_trained": gate.is_trained,
+                    "curve": None if gate.curve is None else gate.curve.to_json(),
+                }
+                for name, gate in self.items()
+            ],
+        }
+
+    def rebuild(self, description: Mapping[str, Any], device: torch.device | str) -> None:
+        """Replace all gates by untrained ones after a description, keeping those that fit.
+
+        A kept gate stays the same object, so graphs that hold it see what is loaded into it.
+
+        Raises:
+            GateMismatchError: The description is of another version or incomplete.
+        """
+        try:
+            if description["version"] != METADATA_VERSION:
+                raise ValueError(f"metadata version {description['version']}")
+            config = config_from_json(description["config"])
+            entries = list(description["gates"])
+            built = [self._rebuilt(entry, config, device) for entry in entries]
+            seed = int(description["seed"])
+        except (KeyError, TypeError, ValueError) as cause:
+            raise GateMismatchError(f"the gates' metadata cannot be read: {cause}") from cause
+        with self._lock:
+            self.config, self.seed = config, seed
+            for _, gate in self.items():
+                # A graph may still hold a gate that is dropped here: it must answer densely.
+                gate.mode.fill_(0)
+            self._names.clear()
+            self.gates.clear()
+            for name, gate in built:
+                self._add(name, gate)
+            self.write_metadata()
+
+    def _rebuilt(
+        self, entry: Mapping[str, Any], config: GateConfig, device: torch.device | str
+    ) -> tuple[str, AttnGate]:
+        name, old = str(entry["name"]), self.get(str(entry["name"]))
+        sizes = (int(entry["heads"]), int(entry["kv_heads"]), int(entry["head_dim"]))
+        curve = None if entry["curve"] is None else BudgetCurve.from_json(entry["curve"])
+        is_same = old is not None and (
+            (old.heads, old.kv_heads, old.head_dim, old.config) == (*sizes, config)
+        )
+        if old is not None and is_same:
+            gate = old
+            gate.scale = float(entry["scale"])
+        else:
+            with real_tensors():
+                gate = AttnGate(
+                    *sizes,
+                    config=config,
+                    scale=float(entry["scale"]),
+                    seed=int(entry["seed"]),
+                    device=old.query_weight.device if old is not None else device,
+                )
+        gate.curve, gate.is_trained = curve, bool(entry["is_trained"])
+        return name, gate
+
+    def _add(self, name: str, gate: AttnGate) -> None:
+        key = _key(name)
+        self._names[name] = key
+        self.gates[key] = gate
+        self._apply_mode(gate)
+
+    def _apply_mode(self, gate: AttnGate) -> None:
+        may_answer = gate.is_trained or self._untrained_may_answer
+        gate.mode.fill_(int(self._is_sparse and may_answer))
+
+    def _gate(self, key: str) -> AttnGate:
+        gate = self.gates[key]
+        assert isinstance(gate, AttnGate)
+        return gate
+
+    def _load_from_state_dict(  # pyright: ignore[reportIncompatibleMethodOverride]
+        self, state_dict: dict[str, Any], prefix: str, local_metadata: dict[str, Any], *args: Any
+    ) -> None:
+        payload = state_dict.get(prefix + "metadata")
+        has_gates = any(key.startswith(prefix) for key in state_dict)
+        self._absent_prefix = None if has_gates else prefix
+        if payload is not None:
+            try:
+                self.rebuild(json.loads(bytes(payload.tolist())), self.metadata.device)
+            except (ValueError, GateMismatchError) as cause:
+                error_messages: list[str] = args[-1]
+                error_messages.append(f"{prefix}metadata: {cause}")
+                return
+        local_metadata = {**local_metadata, "assign_to_params_buffers": False}
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+def _forgive_absent_gates(store: GateStore, incompatible: Any) -> None:
+    prefix, store._absent_prefix = store._absent_prefix, None
+    if prefix is not None:
+        incompatible.missing_keys[:] = [
+            key for key in incompatible.missing_keys if not key.startswith(prefix)
+        ]
+    for _, gate in store.items():
+        store._apply_mode(gate)
+
+
+@contextlib.contextmanager
+def real_tensors() -> Iterator[None]:
+    """Create ordinary tensors even while tracing, under fake tensors or in inference mode."""
+    with _disable_current_modes(), torch.inference_mode(False):
+        yield
+
+
+def _key(name: str) -> str:
+    """Return a state-dict key for a site name: readable, injective, without dots."""
+    key = re.sub(r"\W", "__", name)
+    is_plain = key.replace("__", ".") == name and not hasattr(nn.ModuleDict, key) and key
+    return key if is_plain else f"{key}_{zlib.crc32(name.encode()):08x}"
+
+
+def _point(curve: BudgetCurve, length: int, target: str, value: float) -> float:
+    if target == "density":
+        return curve.budget_for(length, density=value)
+    if target == "mass":
+        return curve.budget_for_mass(length, mass=value)
+    return curve.budget_for_error(length, error=value)
+
+
+def _translate(target: str, value: float, config: GateConfig, name: str) -> float:
+    """Return the budget of a gate without a curve, where the target is the selector's own unit."""
+    own_unit = {"top_p": "mass", "fraction": "density"}
+    if own_unit.get(config.selector.name) == target:
+        return value
+    raise ModelStateError(
+        f"the gate of {name!r} has no measured curve, so {target}={value} cannot be translated "
+        f"into a budget of the {config.selector.name!r} selector",
+        hint="Calibrate the model, load calibrated gates, or give the selector's own unit.",
+    )
