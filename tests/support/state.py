@@ -1,0 +1,76 @@
+"""Snapshots of the global state that no public call may change."""
+
+from __future__ import annotations
+
+import os
+import sys
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+_CONFIG_MODULES = (
+    "torch._dynamo.config",
+    "torch._inductor.config",
+    "torch._functorch.config",
+    "torch.fx.experimental._config",
+    "torch.compiler.config",
+)
+# Set by PyTorch and pytest themselves while they run.
+_VOLATILE_VARIABLES = frozenset(
+    {"PYTEST_CURRENT_TEST", "TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"}
+    | {"KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "TORCH_NCCL_ASYNC_ERROR_HANDLING"}
+)
+
+
+def global_state() -> dict[str, Any]:
+    """Return compiler settings, numeric defaults and environment variables, by name."""
+    state: dict[str, Any] = {
+        "default dtype": torch.get_default_dtype(),
+        "default device": str(torch.get_default_device()),
+        "grad enabled": torch.is_grad_enabled(),
+        "inference mode": torch.is_inference_mode_enabled(),
+        "threads": torch.get_num_threads(),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
+        "matmul precision": torch.get_float32_matmul_precision(),
+        "cudnn benchmark": torch.backends.cudnn.benchmark,
+        "flash sdp": torch.backends.cuda.flash_sdp_enabled(),
+        "efficient sdp": torch.backends.cuda.mem_efficient_sdp_enabled(),
+        "math sdp": torch.backends.cuda.math_sdp_enabled(),
+        "recursion limit": sys.getrecursionlimit(),
+    }
+    for name, value in os.environ.items():
+        if name not in _VOLATILE_VARIABLES:
+            state[f"${name}"] = value
+    for module_name in _CONFIG_MODULES:
+        module = sys.modules.get(module_name)
+        if module is not None:
+            for key, value in module.get_config_copy().items():
+                state[f"{module_name}.{key}"] = value
+    return state
+
+
+def describe_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Return what differs, as ``name: (before, after)``.
+
+    Settings of a module that was imported in between have no earlier value and do not count.
+    """
+    changes = {}
+    for name in before.keys() | after.keys():
+        if not name.startswith("$") and (name not in before or name not in after):
+            continue
+        old, new = before.get(name), after.get(name)
+        if old is not new and old != new:
+            changes[name] = (old, new)
+    return changes
+
+
+@contextmanager
+def assert_global_state_unchanged(*, rng: bool = True):
+    """Fail when the block changes global state; with ``rng``, the CPU generator too."""
+    before, seed_state = global_state(), torch.get_rng_state()
+    yield
+    changes = describe_changes(before, global_state())
+    assert not changes, f"global state changed: {changes}"
+    if rng:
+        assert torch.equal(seed_state, torch.get_rng_state()), "global random generator advanced"
