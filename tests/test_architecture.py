@@ -15,7 +15,7 @@ FOLDERS = {
     "seer_compile.kernels": ROOT / "kernels",
     "seer_compile.calibration": ROOT / "calibration",
 }
-CORE = ("types", "config", "errors")
+CORE = ("types", "config", "config_json", "errors")
 GATE = ("gate", "gate_scores", "gate_store", "budget_curve")
 # Layer -> the layers that it may import. ARCHITECTURE.md draws the same arrows.
 MAY_IMPORT = {
