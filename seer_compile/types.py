@@ -8,7 +8,8 @@ c key sub-blocks, s selection heads (h, or g where a group shares one selection)
 from __future__ import annotations
 
 import enum
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
@@ -135,6 +136,12 @@ class MaskTerm(NamedTuple):
     replaced by ``fill`` where ``node`` is True. ``where``: logits kept where ``node`` is True."""
     node: Node
     fill: Any = None
+    axes: tuple[tuple[str, ...], ...] = (("b",), ("h",), ("q",), ("k",))
+    """What each axis of the logits is where the term applies: letters of
+    ``AttentionSite.axis_sizes``, several where axes are merged (outermost first). ``node``
+    broadcasts to these axes."""
+    factor: float = 1.0
+    """What multiplies ``node`` or ``fill`` on its way to the softmax."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -160,12 +167,19 @@ class AttentionSite:
     value_dim: int
     scale: float
     mask_terms: tuple[MaskTerm, ...] = ()
+    axis_sizes: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    """Tokens, heads or batch items (``int`` or ``SymInt``) along each letter that the mask terms
+    use; ``q`` and ``k`` are always there."""
     is_causal: bool = False
     softcap: float | None = None
     dropout: float = 0.0
     """Dropout probability in effect; 0 in evaluation."""
     obstacles: tuple[SkipReason, ...] = ()
     """What the finder saw that forbids a rewrite, such as weights that are returned."""
+    reader: Node | None = None
+    """The node that reads query and key: the first product, or the fused call."""
+    graph_path: str = ""
+    """Name of the sub-graph module that holds the nodes; empty for the graph itself."""
     source: str = ""
     """The user's source line, for tables."""
 
@@ -185,6 +199,8 @@ class SkipCode(enum.Enum):
     HEAD_DIM = "head dim above 256 or value dim different"
     HEADS = "query heads are not a multiple of key heads"
     FLEX = "flex_attention carries its own block mask"
+    SCALE = "scale is not a constant"
+    SUBGRAPH = "inside a sub-graph (activation checkpointing)"
     DTYPE = "dtype is not float16, bfloat16 or float32"
     RANK = "operands are not batch x heads x tokens x dim"
     GRADIENT = "gradients flow through a path without backward"
@@ -211,6 +227,8 @@ class MaskProof:
     """None where the mask is opaque."""
     reason: SkipReason | None = None
     """Set exactly when ``visibility`` is None."""
+    constants: tuple[str, ...] = ()
+    """Graph names of the buffers whose values the proof read: it holds while they keep them."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
