@@ -1,5 +1,8 @@
 """Configuration: gates, selectors, calibration. Frozen, keyword-only, checked on construction."""
 
+# Annotations are a promise by the caller; the checks below are for those who break it.
+# pyright: reportUnnecessaryIsInstance=false
+
 from __future__ import annotations
 
 import math

@@ -6,6 +6,7 @@ built from fields: which argument, what it was, what is accepted, and what to do
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 
@@ -33,12 +34,20 @@ class SeerError(Exception):
         hint: str | None = None,
         context: dict[str, Any] | None = None,
     ) -> None:
+        self.message = message
         self.argument = argument
         self.got = got
         self.expected = expected
         self.hint = hint
         self.context = dict(context or {})
         super().__init__(self._text(message))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Rebuild from fields: the default would hand the finished text over as the message."""
+        fields = ("argument", "got", "expected", "hint", "context")
+        return partial(type(self), **{name: getattr(self, name) for name in fields}), (
+            self.message,
+        )
 
     def _text(self, message: str) -> str:
         sentences = [message] if message else []

@@ -86,7 +86,7 @@ class Visibility:
 
     def describe(self) -> str:
         """Return a short text for tables, such as ``causal + window(64) + key padding``."""
-        parts = []
+        parts: list[str] = []
         if self.upper is not None:
             shift = self.offset if self.offset is not None else self.upper
             is_plain = isinstance(shift, int) and shift == 0
