@@ -94,11 +94,15 @@ class BudgetCurve:
 
     def value_at(self, name: str, length: float, budget: float) -> float:
         """Return one table's value at a length and budget, by interpolation."""
-        axis, values = self._axis(), self.row(name, length)
+        return self.interpolate(self.row(name, length), budget)
+
+    def interpolate(self, values: Sequence[float] | np.ndarray, budget: float) -> float:
+        """Return the value at a budget of a row of P values, one for each of the budgets."""
+        axis, row = self._axis(), np.asarray(values, dtype=np.float64)
         place = self._to_axis(np.asarray([budget]))[0]
         if axis[0] > axis[-1]:
-            axis, values = axis[::-1], values[::-1]
-        return float(np.interp(place, axis, values))
+            axis, row = axis[::-1], row[::-1]
+        return float(np.interp(place, axis, row))
 
     def mass_at_density(self, length: float, density: float) -> float:
         """Return the captured mass that a density buys at a length."""

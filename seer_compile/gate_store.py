@@ -8,7 +8,7 @@ import re
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -171,7 +171,7 @@ class GateStore(nn.Module):
 
         Raises:
             SeerInputError: Not exactly one target is given, or it is out of range.
-            ModelStateError: A gate has no curve that translates the target.
+            ModelStateError: No gate has a curve that translates the target.
         """
         targets = {"density": density, "mass": mass, "max_error": max_error}
         given = {name: value for name, value in targets.items() if value is not None}
@@ -193,15 +193,13 @@ class GateStore(nn.Module):
         self, target: str, value: float, allocation: Allocation
     ) -> dict[str, list[float]]:
         curves = {name: gate.curve for name, gate in self.items() if gate.curve is not None}
-        tables = {
-            name: [_translate(target, value, self.config, name)] * len(BUDGET_LENGTHS)
-            for name in self._names
-            if name not in curves
-        }
         if not curves:
-            return tables
-        for name in curves:
-            tables[name] = []
+            return {
+                name: [_translate(target, value, self.config, name)] * len(BUDGET_LENGTHS)
+                for name in self._names
+            }
+        # Beside measured gates, one without a curve was never trained and answers densely.
+        tables: dict[str, list[float]] = {name: [] for name in curves}
         for length in BUDGET_LENGTHS:
             shares = (
                 allocate(curves, value, length=length, allocation=allocation)
@@ -228,7 +226,6 @@ class GateStore(nn.Module):
             "gates": [
                 {
                     "name": name,
-                    "key": self._names[name],
                     "heads": gate.heads,
                     "kv_heads": gate.kv_heads,
                     "head_dim": gate.head_dim,
@@ -253,45 +250,36 @@ class GateStore(nn.Module):
             if description["version"] != METADATA_VERSION:
                 raise ValueError(f"metadata version {description['version']}")
             config = config_from_json(description["config"])
-            entries = list(description["gates"])
-            built = [self._rebuilt(entry, config, device) for entry in entries]
             seed = int(description["seed"])
+            entries = [_Entry.parse(entry) for entry in description["gates"]]
+            gates = [self._fitting(entry, config, device) for entry in entries]
         except (KeyError, TypeError, ValueError) as cause:
             raise GateMismatchError(f"the gates' metadata cannot be read: {cause}") from cause
         with self._lock:
-            self.config, self.seed = config, seed
             for _, gate in self.items():
                 # A graph may still hold a gate that is dropped here: it must answer densely.
                 gate.mode.fill_(0)
+            self.config, self.seed = config, seed
             self._names.clear()
             self.gates.clear()
-            for name, gate in built:
-                self._add(name, gate)
+            for entry, gate in zip(entries, gates, strict=True):
+                gate.scale, gate.curve = entry.scale, entry.curve
+                gate.config, gate.is_trained = config, entry.is_trained
+                self._add(entry.name, gate)
             self.write_metadata()
 
-    def _rebuilt(
-        self, entry: Mapping[str, Any], config: GateConfig, device: torch.device | str
-    ) -> tuple[str, AttnGate]:
-        name, old = str(entry["name"]), self.get(str(entry["name"]))
-        sizes = (int(entry["heads"]), int(entry["kv_heads"]), int(entry["head_dim"]))
-        curve = None if entry["curve"] is None else BudgetCurve.from_json(entry["curve"])
-        is_same = old is not None and (
-            (old.heads, old.kv_heads, old.head_dim, old.config) == (*sizes, config)
-        )
-        if old is not None and is_same:
-            gate = old
-            gate.scale = float(entry["scale"])
-        else:
-            with real_tensors():
-                gate = AttnGate(
-                    *sizes,
-                    config=config,
-                    scale=float(entry["scale"]),
-                    seed=int(entry["seed"]),
-                    device=old.query_weight.device if old is not None else device,
-                )
-        gate.curve, gate.is_trained = curve, bool(entry["is_trained"])
-        return name, gate
+    def _fitting(self, entry: _Entry, config: GateConfig, device: torch.device | str) -> AttnGate:
+        old = self.get(entry.name)
+        if old is not None and _shape(old, old.config) == (*entry.sizes, *_form(config)):
+            return old
+        with real_tensors():
+            return AttnGate(
+                *entry.sizes,
+                config=config,
+                scale=entry.scale,
+                seed=entry.seed,
+                device=device if old is None else old.query_weight.device,
+            )
 
     def _add(self, name: str, gate: AttnGate) -> None:
         key = _key(name)
@@ -323,6 +311,46 @@ class GateStore(nn.Module):
                 return
         local_metadata = {**local_metadata, "assign_to_params_buffers": False}
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
+
+
+class _Entry(NamedTuple):
+    """The metadata of one gate, parsed."""
+
+    name: str
+    sizes: tuple[int, int, int]
+    scale: float
+    seed: int
+    is_trained: bool
+    curve: BudgetCurve | None
+
+    @classmethod
+    def parse(cls, data: Mapping[str, Any]) -> _Entry:
+        curve = data["curve"]
+        return cls(
+            name=str(data["name"]),
+            sizes=(int(data["heads"]), int(data["kv_heads"]), int(data["head_dim"])),
+            scale=float(data["scale"]),
+            seed=int(data["seed"]),
+            is_trained=bool(data["is_trained"]),
+            curve=None if curve is None else BudgetCurve.from_json(curve),
+        )
+
+
+def _form(config: GateConfig) -> tuple[Any, ...]:
+    """Return what a compiled graph or a weight's shape depends on: all but the default budget."""
+    return (
+        config.query_pools,
+        config.key_pools,
+        config.sub_block,
+        config.gate_dim,
+        config.block_size,
+        config.share_group,
+        config.selector.name,
+    )
+
+
+def _shape(gate: AttnGate, config: GateConfig) -> tuple[Any, ...]:
+    return (gate.heads, gate.kv_heads, gate.head_dim, *_form(config))
 
 
 def _forgive_absent_gates(store: GateStore, incompatible: Any) -> None:

@@ -1,0 +1,372 @@
+"""What a budget buys, measured: density and captured mass per site, for gate, oracle and control.
+
+Letters of shapes: see :mod:`seer_compile.types`. P is the number of budgets of a grid.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from seer_compile.budget_curve import BudgetCurve
+from seer_compile.calibration import distributed
+from seer_compile.calibration.record import Run, dense_answer, gate_of
+from seer_compile.calibration.site_trainer import no_site
+from seer_compile.calibration.targets import attention_mass
+from seer_compile.errors import CalibrationDataError
+from seer_compile.gate import AttnGate
+from seer_compile.gate_scores import visible_units
+from seer_compile.gate_store import GateStore
+from seer_compile.types import BlockSelection, SiteInputs, Visibility
+
+MASS_GRID: tuple[float, ...] = (
+    *(0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75),
+    *(0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.0),
+)
+"""Budgets at which top-p is measured; density rises fastest near 1."""
+FRACTION_GRID: tuple[float, ...] = (
+    *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
+    *(0.9, 1.0),
+)
+COUNT_GRID: tuple[float, ...] = tuple(float(2**power) for power in range(15))
+RATIO_GRID: tuple[float, ...] = tuple(2.0 ** (6 - power / 2) for power in range(33))
+GRIDS = {
+    "top_p": MASS_GRID,
+    "fraction": FRACTION_GRID,
+    "top_k": COUNT_GRID,
+    "threshold": RATIO_GRID,
+}
+
+# Lengths closer than this many steps per octave share a row of the curve.
+_STEPS_PER_OCTAVE = 2
+_MAP_SIDE = 96
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class BlockMap:
+    """One head's maps on one sequence, for plots: rows are query blocks, columns key blocks."""
+
+    head: int
+    scores: tuple[tuple[float, ...], ...]
+    oracle: tuple[tuple[float, ...], ...]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SiteTable:
+    """Everything measured at one site."""
+
+    gate: BudgetCurve
+    oracle: BudgetCurve
+    """The same selector on the true mass map."""
+    control: BudgetCurve
+    """Sink and local window of 1, 2, 4, ... blocks; the budget is the window."""
+    head_densities: tuple[tuple[float, ...], ...]
+    """P x s: the gate's density per selection head at the longest length."""
+    block_map: BlockMap
+
+
+def tabulate(
+    run: Run,
+    store: GateStore,
+    batches: Iterable[Any],
+    *,
+    grid: Sequence[float] | None = None,
+    measure_errors: bool = False,
+    progress: bool = False,
+) -> dict[str, SiteTable]:
+    """Measure every site that the batches reach, at every length they have.
+
+    Density at a given mass falls with length, so curves hold for the lengths that were measured;
+    longer batches can be passed although training saw short ones only.
+
+    Args:
+        run: One forward of the frozen model with a handler.
+        store: The gates.
+        batches: Held-out batches.
+        grid: Budgets of the gates' selector; a grid made for it when None.
+        measure_errors: Also run sparse attention at every budget and measure its output.
+        progress: Show a progress bar.
+
+    Returns:
+        A table per site; under ``torch.distributed`` that of process 0, everywhere.
+
+    Raises:
+        CalibrationDataError: No batch reaches a site.
+
+    Cost:
+        Per site and batch: one attention-mass map, and two selections per budget.
+    """
+    recorder = CurveRecorder(store, grid=grid, measure_errors=measure_errors)
+    hidden = not progress or distributed.rank() != 0
+    with torch.no_grad():
+        for batch in tqdm(batches, desc="Measuring budgets", unit="batch", disable=hidden):
+            run(batch, recorder)
+    return recorder.tables()
+
+
+class CurveRecorder:
+    """The site handler that measures: a dense answer, and sums for the curves."""
+
+    def __init__(
+        self,
+        store: GateStore,
+        *,
+        grid: Sequence[float] | None = None,
+        measure_errors: bool = False,
+    ) -> None:
+        self.store = store
+        self.grid = tuple(GRIDS[store.config.selector.name] if grid is None else grid)
+        self.measure_errors = measure_errors
+        self._sums: dict[str, dict[int, _Sums]] = {}
+        self._maps: dict[str, BlockMap] = {}
+        self._map_lengths: dict[str, int] = {}
+
+    def __call__(self, inputs: SiteInputs) -> Tensor:
+        """Measure one site on one batch and answer densely."""
+        gate = gate_of(self.store, inputs)
+        answer = dense_answer(gate, inputs)
+        with torch.inference_mode(False), torch.no_grad():
+            self._measure(gate, inputs, answer)
+        return answer
+
+    def tables(self) -> dict[str, SiteTable]:
+        """Return what was measured so far.
+
+        Raises:
+            CalibrationDataError: Nothing was measured, or it is not finite.
+        """
+        if not self._sums:
+            raise no_site()
+        return {name: self._table(name, sums) for name, sums in self._sums.items()}
+
+    def _measure(self, gate: AttnGate, inputs: SiteInputs, answer: Tensor) -> None:
+        size, k_len = gate.config.block_size, inputs.key.shape[-2]
+        mass = attention_mass(inputs, query_unit=size.query, key_unit=size.key)
+        # [b s m n]: what the heads of one selection carry together, and what the neediest needs.
+        shared = mass.unflatten(1, (gate.selection_heads, gate.groups))
+        captured_by, needed = shared.mean(2), shared.amax(2)
+        visible = block_visibility(gate, inputs)
+        sums = self._sums.setdefault(inputs.name, {}).setdefault(
+            _bucket(k_len), _Sums(len(self.grid), gate.selection_heads)
+        )
+        sums.add_rows(k_len, captured_by, visible)
+        scores = gate.block_scores(inputs)
+        for place, value in enumerate(self.grid):
+            budget = torch.full((gate.selection_heads,), value, device=scores.device)
+            selection = gate.select_from(scores, inputs, budget)
+            sums.add("gate", place, selection, captured_by)
+            if self.measure_errors:
+                sums.add_error(place, _sparse_answer(gate, inputs, selection), answer)
+            best = gate.select_from(needed, inputs, budget)
+            sums.add("oracle", place, best, captured_by)
+        sums.add_control(captured_by, visible, _distance_to_diagonal(gate, inputs))
+        self._keep_map(inputs.name, k_len, scores, needed)
+
+    def _keep_map(self, name: str, k_len: int, scores: Tensor, needed: Tensor) -> None:
+        if k_len > self._map_lengths.get(name, 0):
+            head = scores.shape[1] // 2
+            self._map_lengths[name] = k_len
+            self._maps[name] = BlockMap(
+                head=head, scores=_thumbnail(scores[0, head]), oracle=_thumbnail(needed[0, head])
+            )
+
+    def _table(self, name: str, by_bucket: dict[int, _Sums]) -> SiteTable:
+        ordered = [by_bucket[bucket] for bucket in sorted(by_bucket)]
+        longest = ordered[-1]
+        heads = longest.gate_kept / longest.visible_per_head.clamp(min=1)
+        data = {
+            "gate": _curve("gate", self.store.config.selector.name, self.grid, ordered),
+            "oracle": _curve("oracle", self.store.config.selector.name, self.grid, ordered),
+            "control": _curve("control", "sink_local", _control_windows(ordered), ordered),
+            "heads": heads.tolist(),
+            "map": [self._maps[name].head, self._maps[name].scores, self._maps[name].oracle],
+        }
+        if not math.isfinite(sum(map(sum, data["gate"]["captured_mass"]))):
+            raise CalibrationDataError(
+                "the attention mass of a held-out batch is not finite", context={"site": name}
+            )
+        gate = self.store.get(name)
+        assert gate is not None
+        data = distributed.broadcast_json(data, gate.query_weight.device)
+        head, scores, oracle = data["map"]
+        return SiteTable(
+            gate=BudgetCurve.from_json(data["gate"]),
+            oracle=BudgetCurve.from_json(data["oracle"]),
+            control=BudgetCurve.from_json(data["control"]),
+            head_densities=tuple(map(tuple, data["heads"])),
+            block_map=BlockMap(
+                head=head, scores=tuple(map(tuple, scores)), oracle=tuple(map(tuple, oracle))
+            ),
+        )
+
+
+class _Sums:
+    """Running sums of one site at one length."""
+
+    def __init__(self, budgets: int, heads: int) -> None:
+        self.batches, self.length_sum = 0, 0
+        self.rows = 0.0
+        self.visible_per_head = torch.zeros(heads, dtype=torch.float64)
+        self.gate_kept = torch.zeros(budgets, heads, dtype=torch.float64)
+        self.kept = {"gate": [0.0] * budgets, "oracle": [0.0] * budgets}
+        self.captured = {"gate": [0.0] * budgets, "oracle": [0.0] * budgets}
+        self.wrong, self.norm = [0.0] * budgets, [0.0] * budgets
+        self.control: dict[int, tuple[float, float]] = {}
+
+    def add_rows(self, k_len: int, mass: Tensor, visible: Tensor) -> None:
+        self.batches += 1
+        self.length_sum += k_len
+        # A row of which nothing can be read carries no mass, captured or not.
+        self.rows += float((mass.sum(-1) != 0).sum())
+        self.visible_per_head += float(visible.sum()) * mass.shape[0]
+
+    def add(self, kind: str, place: int, selection: BlockSelection, mass: Tensor) -> None:
+        kept, captured = selection_totals(selection, mass)
+        self.kept[kind][place] += float(kept.sum())
+        self.captured[kind][place] += float(captured.sum())
+        if kind == "gate":
+            self.gate_kept[place] += kept.double().cpu()
+
+    def add_error(self, place: int, sparse: Tensor, dense: Tensor) -> None:
+        self.wrong[place] += float((sparse.double() - dense.double()).square().sum())
+        self.norm[place] += float(dense.double().square().sum())
+
+    def add_control(self, mass: Tensor, visible: Tensor, distance: Tensor) -> None:
+        sink = visible.int().cumsum(-1).eq(1) & visible
+        blocks, heads = mass.shape[-1], mass.shape[0] * mass.shape[1]
+        for window in control_windows(blocks):
+            chosen = visible & ((distance < window) | sink)
+            kept, captured = self.control.get(window, (0.0, 0.0))
+            kept += float(chosen.sum()) * heads
+            captured += float(torch.where(chosen, mass, 0.0).sum(dtype=torch.float64))
+            self.control[window] = (kept, captured)
+
+
+def selection_totals(selection: BlockSelection, mass: Tensor) -> tuple[Tensor, Tensor]:
+    """Return, per selection head, the blocks kept and the mass they carry.
+
+    Args:
+        selection: Indices ``Int32[b s m capacity]`` and counts ``Int32[b s m]``.
+        mass: ``Float32[b s m n]``.
+
+    Returns:
+        ``Int64[s]`` and ``Float64[s]``, summed over batch and rows.
+    """
+    indices, counts = selection
+    slots = torch.arange(indices.shape[-1], device=indices.device)
+    is_kept = slots < counts[..., None]
+    # Entries past the count are undefined; they must not be used as indices.
+    found = mass.gather(-1, torch.where(is_kept, indices, 0).long())
+    captured = torch.where(is_kept, found, 0.0).double().sum((0, 2, 3))
+    return counts.long().sum((0, 2)), captured
+
+
+def block_visibility(gate: AttnGate, inputs: SiteInputs) -> Tensor:
+    """Return ``Bool[m n]``: which block pairs the band leaves visible."""
+    size = gate.config.block_size
+    return visible_units(
+        inputs.visibility,
+        units=(size.query, size.key),
+        lengths=(inputs.query.shape[-2], inputs.key.shape[-2]),
+        device=inputs.query.device,
+        band_only=True,
+    )[0, 0]
+
+
+def control_windows(blocks: int) -> list[int]:
+    """Return local windows in blocks: none, 1, 2, 4, ... and all."""
+    return [0, *(2**power for power in range(max(1, blocks).bit_length())), 2 * max(1, blocks)]
+
+
+def _distance_to_diagonal(gate: AttnGate, inputs: SiteInputs) -> Tensor:
+    """Return ``Int64[m n]``: key blocks between a block and its row's own position."""
+    size, visibility = gate.config.block_size, inputs.visibility
+    q_len, k_len = inputs.query.shape[-2], inputs.key.shape[-2]
+    device = inputs.query.device
+    rows = torch.arange(-(-q_len // size.query), device=device)
+    shift = _own_position(visibility, q_len, k_len)
+    first = (rows * size.query + shift).clamp(0, k_len - 1) // size.key
+    last = ((rows + 1) * size.query - 1).clamp(max=q_len - 1) + shift
+    last = last.clamp(0, k_len - 1) // size.key
+    columns = torch.arange(-(-k_len // size.key), device=device)
+    before = (first[:, None] - columns).clamp(min=0)
+    return before + (columns - last[:, None]).clamp(min=0)
+
+
+def _own_position(visibility: Visibility, q_len: int, k_len: int) -> int | Tensor:
+    if visibility.upper is None:
+        return 0 if q_len == k_len else k_len - q_len
+    return visibility.upper + (0 if visibility.offset is None else visibility.offset)
+
+
+def _sparse_answer(gate: AttnGate, inputs: SiteInputs, selection: BlockSelection) -> Tensor:
+    size = gate.config.block_size
+    return torch.ops.seer_compile.block_sparse_attention.v1(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        selection.indices,
+        selection.counts,
+        inputs.scale,
+        size.query,
+        size.key,
+        *inputs.visibility.as_arguments().values(),
+    )[0]
+
+
+def _bucket(k_len: int) -> int:
+    return round(_STEPS_PER_OCTAVE * math.log2(max(k_len, 1)))
+
+
+def _control_windows(ordered: Sequence[_Sums]) -> tuple[float, ...]:
+    return tuple(
+        float(window) for window in sorted(set().union(*(sums.control for sums in ordered)))
+    )
+
+
+def _curve(
+    kind: str, selector: str, budgets: Sequence[float], ordered: Sequence[_Sums]
+) -> dict[str, Any]:
+    densities, masses, errors = [], [], []
+    for sums in ordered:
+        visible = max(1.0, float(sums.visible_per_head.sum()))
+        rows = max(1.0, sums.rows)
+        if kind == "control":
+            # A short sequence has fewer windows; all beyond its last keep everything.
+            points = [sums.control[min(w, max(sums.control))] for w in map(int, budgets)]
+            kept, captured = zip(*points, strict=True)
+        else:
+            kept, captured = sums.kept[kind], sums.captured[kind]
+        densities.append([min(1.0, value / visible) for value in kept])
+        masses.append([min(1.0, value / rows) for value in captured])
+        if kind == "gate" and any(sums.norm):
+            errors.append(
+                [math.sqrt(w / n) if n else 0.0 for w, n in zip(sums.wrong, sums.norm, strict=True)]
+            )
+    return {
+        "selector": selector,
+        "lengths": _ascending([round(sums.length_sum / sums.batches) for sums in ordered]),
+        "budgets": list(budgets),
+        "densities": densities,
+        "captured_mass": masses,
+        "errors": errors if len(errors) == len(ordered) else None,
+    }
+
+
+def _ascending(lengths: list[int]) -> list[int]:
+    for place in range(1, len(lengths)):
+        lengths[place] = max(lengths[place], lengths[place - 1] + 1)
+    return lengths
+
+
+def _thumbnail(scores: Tensor) -> tuple[tuple[float, ...], ...]:
+    """Return a map of at most 96 x 96 cells, each the largest of the blocks it stands for."""
+    rows, columns = (min(_MAP_SIDE, side) for side in scores.shape)
+    small = torch.nn.functional.adaptive_max_pool2d(scores[None].float(), (rows, columns))[0]
+    return tuple(tuple(round(value, 5) for value in row) for row in small.cpu().tolist())

@@ -1,0 +1,73 @@
+"""Several processes calibrating together: equal gates everywhere, averaged gradients.
+
+Every process passes its own share of the data. Without ``torch.distributed`` all of this is free.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def is_on() -> bool:
+    """Whether there is a process group of more than one."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def rank() -> int:
+    """Return the index of this process, 0 without a group."""
+    return dist.get_rank() if is_on() else 0
+
+
+def world_size() -> int:
+    """Return the number of processes, 1 without a group."""
+    return dist.get_world_size() if is_on() else 1
+
+
+def average(tensors: Iterable[Tensor]) -> None:
+    """Average tensors over the processes, in place, by one collective.
+
+    A NaN of one process becomes a NaN of all, so that all stop together.
+    """
+    if not is_on():
+        return
+    parts = list(tensors)
+    flat = torch.cat([part.reshape(-1).float() for part in parts])
+    dist.all_reduce(flat)
+    flat /= world_size()
+    for part, value in zip(parts, flat.split([part.numel() for part in parts]), strict=True):
+        part.copy_(value.view_as(part))
+
+
+def broadcast(tensors: Iterable[Tensor]) -> None:
+    """Give every process the tensors of process 0, in place."""
+    if is_on():
+        for tensor in tensors:
+            dist.broadcast(tensor, src=0)
+
+
+def broadcast_json(data: Any, device: torch.device) -> Any:
+    """Return process 0's plain data on every process."""
+    if not is_on():
+        return data
+    payload = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8).to(device)
+    size = torch.tensor([payload.numel()], device=device)
+    dist.broadcast(size, src=0)
+    if rank() != 0:
+        payload = torch.empty(int(size), dtype=torch.uint8, device=device)
+    dist.broadcast(payload, src=0)
+    return json.loads(bytes(payload.cpu().tolist()))
+
+
+def any_process(flag: bool, device: torch.device) -> bool:
+    """Whether the flag is set in any process."""
+    if not is_on():
+        return flag
+    votes = torch.tensor([float(flag)], device=device)
+    dist.all_reduce(votes)
+    return bool(votes.item())

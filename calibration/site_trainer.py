@@ -1,0 +1,140 @@
+"""The site handler of a training step: a dense answer, and one update of the site's gate."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from seer_compile.calibration import distributed
+from seer_compile.calibration.losses import backward
+from seer_compile.calibration.record import dense_answer, gate_of
+from seer_compile.calibration.schedule import learning_rate
+from seer_compile.calibration.targets import gate_target, sample_rows
+from seer_compile.config import CalibrationConfig
+from seer_compile.errors import CalibrationDataError, NonFiniteLossError
+from seer_compile.gate import AttnGate
+from seer_compile.gate_store import GateStore
+from seer_compile.types import SiteInputs
+
+
+class GateTrainer:
+    """The site handler of a training step: dense answer, and one update of the site's gate."""
+
+    def __init__(self, store: GateStore, config: CalibrationConfig) -> None:
+        self.store, self.config = store, config
+        self.step = 0
+        self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.losses: list[dict[str, float]] = []
+        self._current: dict[str, float] = {}
+
+    def add(self, name: str, gate: AttnGate) -> None:
+        """Start to train a gate, from its untrained values."""
+        gate.reset()
+        self.optimizers[name] = torch.optim.AdamW(
+            gate.parameters(), lr=0.0, weight_decay=self.config.weight_decay
+        )
+
+    def __call__(self, inputs: SiteInputs) -> Tensor:
+        """Train the site's gate on these inputs and answer densely."""
+        gate = gate_of(self.store, inputs)
+        if inputs.name not in self.optimizers:
+            self.add(inputs.name, gate)
+        with _plain_numerics(inputs.query.device):
+            self._current[inputs.name] = self._update(gate, inputs)
+        return dense_answer(gate, inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where collectives run: the device of the first gate."""
+        return next(iter(self.store.items()))[1].query_weight.device
+
+    def gate(self, name: str) -> AttnGate:
+        """Return the gate of a site that is being trained."""
+        gate = self.store.get(name)
+        if gate is None:
+            raise KeyError(name)
+        return gate
+
+    def begin(self) -> None:
+        """Start a step."""
+        self._current = {}
+
+    def end(self) -> float:
+        """Finish a step; return its mean loss over the sites reached, NaN when there was none."""
+        self.losses.append(self._current)
+        self.step += 1
+        reached = len(self._current)
+        return sum(self._current.values()) / reached if reached else math.nan
+
+    def loss_history(self) -> dict[str, tuple[float, ...]]:
+        """Return the loss of every step per site; NaN where a step did not reach the site."""
+        return {
+            name: tuple(step.get(name, math.nan) for step in self.losses)
+            for name in self.optimizers
+        }
+
+    def _update(self, gate: AttnGate, inputs: SiteInputs) -> float:
+        optimizer, config = self.optimizers[inputs.name], self.config
+        rows = sample_rows(
+            -(-inputs.query.shape[-2] // gate.config.sub_block),
+            config.rows_per_step,
+            key=f"{config.seed}:{self.step}:{distributed.rank()}:{inputs.name}",
+            device=inputs.query.device,
+        )
+        target, counts = gate_target(inputs, gate.config, kind=config.target, rows=rows)
+        optimizer.zero_grad(set_to_none=True)
+        loss = backward(gate, inputs, target, counts, kind=config.loss, rows=rows)
+        gradients = [weight.grad for weight in gate.parameters() if weight.grad is not None]
+        distributed.average([*gradients, loss])
+        norm = torch.linalg.vector_norm(torch.stack([part.norm() for part in gradients]))
+        # One transfer for both: it is the only one of the step.
+        loss_value, norm_value = torch.stack([loss, norm]).tolist()
+        if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
+            raise self._non_finite(inputs, loss_value, norm_value, target)
+        if norm_value > config.clip_norm:
+            torch._foreach_mul_(gradients, config.clip_norm / norm_value)
+        optimizer.param_groups[0]["lr"] = learning_rate(self.step, config)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        return loss_value
+
+    def _non_finite(
+        self, inputs: SiteInputs, loss: float, norm: float, target: Tensor
+    ) -> NonFiniteLossError:
+        culprit = next(
+            (
+                name
+                for name in ("query", "key", "value")
+                if not bool(getattr(inputs, name).isfinite().all())
+            ),
+            "target" if not bool(target.isfinite().all()) else "gate",
+        )
+        return NonFiniteLossError(
+            f"gate loss is {loss}, gradient norm {norm}; the {culprit} holds NaN or infinity. "
+            "The update was not made",
+            hint="Look at that batch; the last checkpoint is intact.",
+            context={
+                "site": inputs.name,
+                "step": self.step,
+                "sample": f"training batch {self.step}",
+            },
+        )
+
+
+@contextlib.contextmanager
+def _plain_numerics(device: torch.device) -> Iterator[None]:
+    """Compute in float32 with gradients, whatever modes the model's forward runs under."""
+    with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
+        yield
+
+
+def no_site() -> CalibrationDataError:
+    """Return the error for data that reaches no site."""
+    return CalibrationDataError(
+        "the forward reached no attention site that can be sparse",
+        hint="seer_compile.explain(model, example) lists the sites and the reasons.",
+    )

@@ -1,0 +1,117 @@
+"""What a gate is trained towards: the true attention map, pooled as the gate pools.
+
+Letters of shapes: see :mod:`seer_compile.types`. R is a choice of query sub-blocks.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from seer_compile.config import GateConfig
+from seer_compile.types import SiteInputs, Visibility
+
+TargetKind = Literal["mass", "max"]
+
+
+def attention_mass(
+    inputs: SiteInputs,
+    *,
+    query_unit: int,
+    key_unit: int,
+    kind: TargetKind = "mass",
+) -> Tensor:
+    """Return the attention map of a site, reduced over units of queries and keys.
+
+    Args:
+        inputs: Operands of the site; its value is not read.
+        query_unit: Tokens per query unit.
+        key_unit: Tokens per key unit.
+        kind: ``mass`` sums over keys and averages over queries, ``max`` takes the largest
+            probability of the unit pair (the published map).
+
+    Returns:
+        ``Float32[b h query_units key_units]``; a query unit that reads nothing is all zeros.
+    """
+    query_reduce, key_reduce = ("mean", "sum") if kind == "mass" else ("max", "max")
+    return torch.ops.seer_compile.attention_mass.v1(
+        inputs.query.detach(),
+        inputs.key.detach(),
+        inputs.scale,
+        query_unit,
+        key_unit,
+        query_reduce,
+        key_reduce,
+        *inputs.visibility.as_arguments().values(),
+    )
+
+
+def gate_target(
+    inputs: SiteInputs, config: GateConfig, *, kind: TargetKind, rows: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return a distribution over key blocks for each query sub-block, and which rows count.
+
+    Args:
+        inputs: Operands of the site.
+        config: Sub-block and block sizes.
+        kind: Which map.
+        rows: ``Int64[R]``, indices of query sub-blocks; all when None.
+
+    Returns:
+        ``Float32[b h R n]``, each counting row summing to 1, and ``Bool[b h R]``: False where the
+        queries read nothing or are padding. Such a row is all zeros, never 0/0. A row that holds
+        NaN counts, so that the loss shows it.
+    """
+    target = attention_mass(
+        inputs, query_unit=config.sub_block, key_unit=config.block_size.key, kind=kind
+    )
+    if rows is not None:
+        target = target[:, :, rows]
+    totals = target.sum(-1)
+    counts = totals != 0
+    target = target / torch.where(counts, totals, 1.0)[..., None]
+    real = _real_queries(inputs, config.sub_block, rows)
+    return target, counts if real is None else counts & real[:, None]
+
+
+def _real_queries(inputs: SiteInputs, unit: int, rows: Tensor | None) -> Tensor | None:
+    """Return ``Bool[b R]``, False for units of padding only; None where that is not known.
+
+    Key padding tells about queries only in self-attention without a cache.
+    """
+    padding = inputs.visibility.key_padding
+    if padding is None or inputs.query.shape[-2] != inputs.key.shape[-2]:
+        return None
+    short = -padding.shape[-1] % unit
+    real = torch.nn.functional.pad(padding, (0, short)).unflatten(-1, (-1, unit)).any(-1)
+    real = real.to(inputs.query.device)
+    return real if rows is None else real[:, rows]
+
+
+def sample_rows(total: int, wanted: int, *, key: str, device: torch.device) -> Tensor | None:
+    """Choose query sub-blocks for one step of one site.
+
+    The choice depends on the key alone, so that a resumed run and another process choose alike.
+
+    Args:
+        total: Sub-blocks that exist.
+        wanted: How many to choose.
+        key: Names seed, step and site.
+        device: Of the result.
+
+    Returns:
+        ``Int64[wanted]`` distinct and ascending, or None for all.
+    """
+    if total <= wanted:
+        return None
+    generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(key.encode()))
+    order = torch.randperm(total, generator=generator, device="cpu")
+    return order[:wanted].sort().values.to(device)
+
+
+def unpadded(visibility: Visibility) -> Visibility:
+    """Return the band of a visibility, without padding and documents."""
+    return Visibility(upper=visibility.upper, lower=visibility.lower, offset=visibility.offset)

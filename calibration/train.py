@@ -1,0 +1,322 @@
+"""The optimisation loop: one forward of the frozen model per step, one gate update per site.
+
+Each site is trained on its own, inside the forward, from detached queries and keys: the gradient
+of one gate is all that ever exists besides inference. Interrupted runs go on from the last
+checkpoint and end with the same bits as runs that were not.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from seer_compile.budget_curve import Allocation, check_fraction
+from seer_compile.calibration import checkpoint as checkpoints
+from seer_compile.calibration import distributed
+from seer_compile.calibration.budget import tabulate
+from seer_compile.calibration.interruption import Interruption
+from seer_compile.calibration.record import BatchStream, Run, dense_answer, gate_of
+from seer_compile.calibration.report import CalibrationReport, build_report
+from seer_compile.calibration.site_trainer import GateTrainer, no_site
+from seer_compile.config import CalibrationConfig
+from seer_compile.config_json import config_to_json
+from seer_compile.errors import ResumeMismatchError, SeerInputError
+from seer_compile.gate import AttnGate
+from seer_compile.gate_store import GateStore
+from seer_compile.types import SiteInputs
+
+DEFAULT_MASS = 0.95
+"""Share of the attention mass captured at every site when no target is given."""
+
+_logger = logging.getLogger(__name__)
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+
+
+class Targets(NamedTuple):
+    """What the budgets are chosen for after training; exactly one is set."""
+
+    density: float | None = None
+    mass: float | None = None
+    max_error: float | None = None
+
+
+def fit(
+    run: Run,
+    store: GateStore,
+    data: Iterable[Any],
+    config: CalibrationConfig | None = None,
+    *,
+    density: float | None = None,
+    mass: float | None = None,
+    max_error: float | None = None,
+    allocation: Allocation = "uniform",
+    curve_data: Iterable[Any] = (),
+    model: Mapping[str, Any] | None = None,
+    checkpoint_dir: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+) -> CalibrationReport:
+    """Train every gate that the model's sites need, measure budgets, and choose one.
+
+    Training starts from the identity-initialised gates, whatever the store held. After an error or
+    an interruption the store is as it was before; what was trained is in the checkpoints, and the
+    same call goes on from there.
+
+    Args:
+        run: One forward of the frozen model with a handler that answers the sites.
+        store: Gates to train; sites without one get one.
+        data: Batches in a fixed order; see :func:`seer_compile.calibration.record.split_batch`.
+            Lengths may differ. Under ``torch.distributed`` each process passes its own.
+        config: How to train.
+        density: Choose budgets that keep this share of the visible blocks, in (0, 1].
+        mass: Choose budgets that capture this share of the attention mass at every site; 0.95
+            when no target is given.
+        max_error: Choose budgets whose relative L2 error of a site's output stays within this.
+        allocation: How sites share an average density.
+        curve_data: More held-out batches, for the curves only: longer ones need no training.
+        model: Fingerprint of the model, so that a checkpoint of another model is refused.
+        checkpoint_dir: Where checkpoints go and are looked for.
+        progress: Show a progress bar with the loss and the time left.
+
+    Returns:
+        What was learned, per site.
+
+    Raises:
+        SeerInputError: More than one target, or one out of range.
+        CalibrationDataError: Too little data, or a batch that reaches no site.
+        NonFiniteLossError: A loss or gradient is NaN or infinite; before that step's update.
+        ResumeMismatchError: The checkpoints belong to another model, data or configuration.
+        CheckpointWriteError: A checkpoint could not be written.
+    """
+    config = config or CalibrationConfig()
+    targets = _checked_targets(density, mass, max_error)
+    stream = BatchStream(data, holdout=config.holdout_batches)
+    with _unchanged_on_error(store):
+        trainer = GateTrainer(store, config)
+        _discover(run, trainer, stream)
+        session = _Session(trainer, stream, model or {}, checkpoint_dir)
+        session.resume()
+        with Interruption(enabled=checkpoint_dir is not None) as interruption:
+            _train(run, session, interruption, progress=progress)
+            held_out = [*stream.holdout, *curve_data]
+            tables = tabulate(
+                run,
+                store,
+                held_out,
+                measure_errors=targets.max_error is not None,
+                progress=progress,
+            )
+        for name, table in tables.items():
+            gate = trainer.gate(name)
+            gate.is_trained, gate.curve = True, table.gate
+        store.set_budget(**targets._asdict(), allocation=allocation)
+        store.set_mode(True)
+        return build_report(
+            store,
+            tables,
+            losses=trainer.loss_history(),
+            config=dataclasses.asdict(config),
+            target={name: value for name, value in targets._asdict().items() if value is not None},
+            allocation=allocation,
+        )
+
+
+def _checked_targets(density: float | None, mass: float | None, max_error: float | None) -> Targets:
+    targets = Targets(density, mass, max_error)
+    given = {name: value for name, value in targets._asdict().items() if value is not None}
+    if len(given) > 1:
+        raise SeerInputError(
+            argument="targets", got=given, expected="at most one of density, mass, max_error"
+        )
+    for name, value in given.items():
+        check_fraction(name, value)
+    return targets if given else Targets(mass=DEFAULT_MASS)
+
+
+class _Session:
+    """What ties a trainer to its data and its checkpoints."""
+
+    def __init__(
+        self,
+        trainer: GateTrainer,
+        stream: BatchStream,
+        model: Mapping[str, Any],
+        directory: str | os.PathLike[str] | None,
+    ) -> None:
+        self.trainer, self.stream, self.directory = trainer, stream, directory
+        training = dataclasses.asdict(trainer.config)
+        # How often to save changes nothing of the result.
+        del training["checkpoint_every"]
+        self.identity = {
+            "training": training,
+            "gates": config_to_json(trainer.store.config),
+            "model": dict(model),
+            "data": stream.holdout_digest(),
+            "processes": distributed.world_size(),
+        }
+        self._saved = -1
+
+    def resume(self) -> None:
+        """Continue from the newest checkpoint, if there is one."""
+        found = None if self.directory is None else checkpoints.read_latest(self.directory)
+        if found is None:
+            return
+        checkpoints.check_identity(found, self.identity)
+        trainer = self.trainer
+        sites = [str(site["name"]) for site in found.state["sites"]]
+        absent = set(trainer.optimizers) - set(sites)
+        if absent:
+            raise ResumeMismatchError(f"the checkpoint lacks the sites {sorted(absent)}")
+        for site in found.state["sites"]:
+            # A site that only some batches reach may not have been met yet in this process.
+            gate = trainer.store.get_or_create(**site, device=trainer.device)
+            if site["name"] not in trainer.optimizers:
+                trainer.add(site["name"], gate)
+            _restore(trainer, site["name"], gate, found.tensors)
+        losses = found.tensors["losses"].tolist()
+        trainer.losses = [
+            {name: value for name, value in zip(sites, row, strict=True) if not math.isnan(value)}
+            for row in losses
+        ]
+        trainer.step = self._saved = found.step
+        if distributed.rank() == 0:
+            self.stream.seek(found.state["cursor"])
+        else:
+            # The digest is of process 0's data.
+            for _ in zip(range(int(found.state["cursor"]["position"])), self.stream, strict=False):
+                pass
+        _logger.info("Resumed calibration at step %d from %s", found.step, found.path)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless it is written already."""
+        trainer = self.trainer
+        if self.directory is None or distributed.rank() != 0 or self._saved == trainer.step:
+            return
+        history = trainer.loss_history()
+        tensors = {
+            "losses": torch.tensor(list(history.values()), dtype=torch.float64).t().contiguous()
+        }
+        for name, optimizer in trainer.optimizers.items():
+            for label, weight in trainer.gate(name).named_parameters():
+                tensors[f"{name}.{label}"] = weight
+                state = optimizer.state.get(weight)
+                tensors |= {f"{name}.{label}.{key}": state[key] for key in _MOMENTS if state}
+        state = {
+            "identity": self.identity,
+            "cursor": self.stream.cursor,
+            "sites": [_site(name, trainer.gate(name)) for name in history],
+        }
+        checkpoints.write_checkpoint(self.directory, trainer.step, state=state, tensors=tensors)
+        self._saved = trainer.step
+
+
+def _restore(
+    trainer: GateTrainer, name: str, gate: AttnGate, tensors: Mapping[str, Tensor]
+) -> None:
+    optimizer = trainer.optimizers[name]
+    with torch.no_grad():
+        for label, weight in gate.named_parameters():
+            weight.copy_(tensors[f"{name}.{label}"])
+            if f"{name}.{label}.step" not in tensors:
+                continue
+            state = {key: tensors[f"{name}.{label}.{key}"] for key in _MOMENTS}
+            optimizer.state[weight] = {
+                # AdamW keeps its step count on the CPU.
+                key: value if key == "step" else value.to(weight.device)
+                for key, value in state.items()
+            }
+
+
+def _site(name: str, gate: AttnGate) -> dict[str, Any]:
+    return {
+        "name": name,
+        "heads": gate.heads,
+        "kv_heads": gate.kv_heads,
+        "head_dim": gate.head_dim,
+        "scale": gate.scale,
+    }
+
+
+def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
+    """Run held-out batches until one reaches sites, so that gates exist before the first step."""
+    reached: dict[str, AttnGate] = {}
+
+    def answer(inputs: SiteInputs) -> Tensor:
+        gate = reached[inputs.name] = gate_of(trainer.store, inputs)
+        return dense_answer(gate, inputs)
+
+    with torch.no_grad():
+        for batch in stream.holdout:
+            run(batch, answer)
+            if reached:
+                break
+    if not reached:
+        raise no_site()
+    for name, gate in reached.items():
+        trainer.add(name, gate)
+        distributed.broadcast(weight.data for weight in gate.parameters())
+
+
+def _train(run: Run, session: _Session, interruption: Interruption, *, progress: bool) -> None:
+    trainer, config = session.trainer, session.trainer.config
+    bar = tqdm(
+        total=config.steps,
+        initial=trainer.step,
+        desc="Calibrating gates",
+        unit="step",
+        disable=not progress or distributed.rank() != 0,
+    )
+    with bar:
+        while trainer.step < config.steps:
+            batch = next(session.stream, None)
+            if distributed.any_process(batch is None, trainer.device):
+                _logger.warning(
+                    "The data ended after %d of %d steps; pass data that can be iterated again",
+                    trainer.step,
+                    config.steps,
+                )
+                break
+            trainer.begin()
+            with torch.no_grad():
+                run(batch, trainer)
+            loss = trainer.end()
+            bar.set_postfix(loss=f"{loss:.4f}", refresh=False)
+            bar.update()
+            is_over = interruption.requested is not None
+            is_over = distributed.any_process(is_over, trainer.device)
+            if is_over or trainer.step % config.checkpoint_every == 0:
+                session.save()
+            interruption.check(stops_all=is_over)
+    session.save()
+
+
+@contextlib.contextmanager
+def _unchanged_on_error(store: GateStore) -> Iterator[None]:
+    """Put the gates back when anything goes wrong, and forget the gates that are new."""
+    before = {
+        name: (
+            {key: value.clone() for key, value in gate.state_dict().items()},
+            gate.curve,
+            gate.is_trained,
+        )
+        for name, gate in store.items()
+    }
+    try:
+        yield
+    except BaseException:
+        for name, gate in store.items():
+            if name not in before:
+                gate.reset()
+                continue
+            state, gate.curve, gate.is_trained = before[name]
+            gate.load_state_dict(state)
+        store.write_metadata()
+        raise
