@@ -1,0 +1,175 @@
+"""The documents hold: examples run or bind, names are public, and one idea has one word."""
+
+from __future__ import annotations
+
+import ast
+import doctest
+import importlib
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import seer_compile
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+SOURCES = sorted(
+    path
+    for folder in ("seer_compile", "passes", "kernels", "calibration")
+    for path in (ROOT / folder).rglob("*.py")
+)
+# Part of an identifier -> the word to use instead. Only words that mean one thing.
+FORBIDDEN = {
+    "naive": "reference",
+    "vanilla": "dense",
+    "golden": "reference",
+    "predictor": "gate",
+    "router": "gate",
+    "lut": "selection",
+    "cdf": "mass",
+    "nz": "density",
+    "bos": "sink",
+    "sparsity": "density",
+    "downsample": "pool",
+    "compress": "pool",
+    "compressed": "pool",
+    "bsz": "batch",
+    "seqlen": "q_len, k_len",
+}
+BANNED_PROSE = re.compile(
+    r"\b(blazing|state-of-the-art|seamless\w*|effortless\w*|game.chang\w+|cutting.edge|leverag\w+)\b",
+    re.IGNORECASE,
+)
+
+
+def python_blocks(path: Path) -> list[tuple[int, str]]:
+    """Return (line, code) of every fenced python block."""
+    text = path.read_text()
+    return [
+        (text[: match.start()].count("\n") + 2, match.group(1))
+        for match in re.finditer(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    ]
+
+
+BLOCKS = [(path, line, code) for path in DOCUMENTS for line, code in python_blocks(path)]
+every_block = pytest.mark.parametrize(
+    ("path", "line", "code"), BLOCKS, ids=[f"{path.name}:{line}" for path, line, _ in BLOCKS]
+)
+
+
+def import_name(path: Path) -> str:
+    """Return the name under which a source file is imported."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    parts = parts if parts[0] == "seer_compile" else ("seer_compile", *parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def test_readme_has_an_example():
+    assert any(path.name == "README.md" for path, _, _ in BLOCKS)
+
+
+@every_block
+def test_example_calls_what_exists_with_arguments_that_bind(path, line, code):
+    for node in ast.walk(ast.parse(code)):
+        if not isinstance(node, ast.Call):
+            continue
+        name = ast.unparse(node.func)
+        if name.startswith("seer_compile."):
+            function = getattr(seer_compile, name.removeprefix("seer_compile."))
+            has_stars = any(isinstance(item, ast.Starred) for item in node.args)
+            keywords = {item.arg: None for item in node.keywords if item.arg}
+            if not has_stars:
+                inspect.signature(function).bind(*node.args, **keywords)
+
+
+def test_readme_names_only_public_names():
+    for path in DOCUMENTS:
+        for name in re.findall(r"\bseer_compile\.([a-zA-Z_]\w*)\(", path.read_text()):
+            assert name in seer_compile.__all__, f"{path.name}: seer_compile.{name}"
+
+
+def test_api_page_lists_every_public_name_and_no_other():
+    text = (ROOT / "docs" / "api.md").read_text()
+    listed = set(re.findall(r"^### `([A-Za-z_]\w*)", text, re.MULTILINE))
+    assert listed == set(seer_compile.__all__)
+
+
+@pytest.mark.parametrize("name", sorted(seer_compile.__all__))
+def test_public_name_is_documented_where_it_is_defined(name):
+    item = getattr(seer_compile, name)
+    if inspect.isclass(item) or inspect.isfunction(item):
+        assert inspect.getdoc(item), name
+    if inspect.isfunction(item):
+        hints = inspect.signature(item)
+        assert hints.return_annotation is not inspect.Signature.empty, name
+        for parameter in hints.parameters.values():
+            assert parameter.annotation is not inspect.Parameter.empty, f"{name}({parameter})"
+
+
+def test_docstring_examples_run():
+    with_examples = [import_name(path) for path in SOURCES if ">>> " in path.read_text()]
+    for module in with_examples:
+        results = doctest.testmod(importlib.import_module(module), optionflags=doctest.ELLIPSIS)
+        assert results.attempted > 0, module
+        assert results.failed == 0, module
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=[import_name(path) for path in SOURCES])
+def test_identifiers_keep_to_the_vocabulary(path):
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        match node:
+            case ast.FunctionDef() | ast.AsyncFunctionDef() | ast.ClassDef():
+                names.add(node.name)
+            case ast.arg():
+                names.add(node.arg)
+            case ast.Name(ctx=ast.Store()):
+                names.add(node.id)
+            case ast.Attribute(ctx=ast.Store()):
+                names.add(node.attr)
+    for name in names:
+        words = re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name).lower().split("_")
+        for word in set(words) & FORBIDDEN.keys():
+            pytest.fail(f"{name}: say {FORBIDDEN[word]!r}")
+        is_tile = "tile" in words or "tiles" in words
+        assert not is_tile or "triton" in path.parts, f"{name}: a tile exists in kernels only"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
+def test_document_claims_nothing_it_cannot_show(path):
+    text = path.read_text()
+    found = BANNED_PROSE.search(text)
+    assert found is None, f"{path.name}: {found and found.group()}"
+    assert not re.search(r"\bTODO\b|\bTBD\b|\bXXX\b", text)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=[path.name for path in DOCUMENTS])
+def test_links_between_documents_resolve(path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
+        if not re.match(r"\w+://", target):
+            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_readme_shows_only_results_that_are_recorded():
+    """A number in the results section comes with its command and a file of raw lines."""
+    text = (ROOT / "README.md").read_text()
+    results = re.search(r"^## Results\n(.*?)(?=^## |\Z)", text, re.MULTILINE | re.DOTALL)
+    if results is None:
+        return
+    files = re.findall(r"benchmarks/results/[\w./-]+", results.group(1))
+    assert files, "results without raw lines"
+    assert all((ROOT / file).exists() for file in files)
+
+
+def test_make_targets_are_the_steps_of_the_script():
+    script = (ROOT / ".ci" / "task").read_text()
+    makefile = (ROOT / "Makefile").read_text()
+    targets = re.search(r"^\.PHONY: (.+)$", makefile, re.MULTILINE)
+    steps = re.search(r"^    (setup \| .+?)\) setup", script, re.MULTILINE)
+    assert targets is not None
+    assert steps is not None
+    assert targets.group(1).split() == steps.group(1).split(" | ")
+    documented = set(re.findall(r"\bmake ([a-z-]+)", (ROOT / "README.md").read_text()))
+    assert {"demo", "test"} <= documented <= set(targets.group(1).split())
