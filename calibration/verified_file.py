@@ -89,18 +89,14 @@ def read_bytes(path: str | os.PathLike[str], *, limit: int = MAX_FILE_BYTES) -> 
         descriptor = os.open(place, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0))
     except OSError as cause:
         raise GateFileError(f"{str(place)!r} cannot be read: {cause.strerror}") from cause
-    with os.fdopen(descriptor, "rb") as file:
-        status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise UnsafeGateFileError(f"{str(place)!r} is not a regular file")
-        if status.st_size > limit:
-            raise GateFileError(
-                f"{str(place)!r} has {status.st_size:,} bytes; at most {limit:,} are read"
-            )
-        try:
-            data = file.read()
-        except OSError as cause:
-            raise GateFileError(f"{str(place)!r} cannot be read: {cause.strerror}") from cause
+    try:
+        data = _read_regular(descriptor, str(place), limit)
+    except OSError as cause:
+        if isinstance(cause, GateFileError):
+            raise
+        raise GateFileError(f"{str(place)!r} cannot be read: {cause.strerror}") from cause
+    finally:
+        os.close(descriptor)
     if data.startswith(_PICKLE_STARTS):
         raise _unsafe(place)
     return data
@@ -210,6 +206,16 @@ def remove_stale(directory: Path) -> None:
         if found and not _is_alive(int(found.group(1))):
             with contextlib.suppress(OSError):
                 entry.unlink(missing_ok=True)
+
+
+def _read_regular(descriptor: int, source: str, limit: int) -> bytes:
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode):
+        raise UnsafeGateFileError(f"{source!r} is not a regular file")
+    if status.st_size > limit:
+        raise GateFileError(f"{source!r} has {status.st_size:,} bytes; at most {limit:,} are read")
+    with os.fdopen(descriptor, "rb", closefd=False) as file:
+        return file.read()
 
 
 def _content(data: bytes, source: str) -> dict[str, Any]:
