@@ -4,14 +4,14 @@ A byte-level BPE tokenizer and a 3.7-million-parameter Llama with grouped-query 
 8,192 tokens. Lines such as ``KEY_abcdef = 12345`` are planted twice in every training sequence, so
 that the model learns to find a line again thousands of tokens later.
 
-    python examples/train_small_lm.py --minutes 5          # one H200; writes examples/small_lm
+    python examples/train_small_lm.py --minutes 2          # one H200; writes examples/small_lm
 
 Expected last lines (loss in nats per token on files that training never saw):
 
-    tokens 2048: loss ..., retrieval ...
-    tokens 4096: loss ..., retrieval ...
-    tokens 8192: loss ..., retrieval ...
-    wrote examples/small_lm (7.7 MB)
+    tokens 2048: loss 2.09, retrieval 1.00
+    tokens 4096: loss 1.94, retrieval 1.00
+    tokens 8192: loss 1.82, retrieval 1.00
+    wrote examples/small_lm (7.6 MB)
 """
 
 from __future__ import annotations
@@ -212,14 +212,38 @@ def make_optimizer(model: LlamaForCausalLM, device: torch.device) -> torch.optim
     return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=device.type == "cuda")
 
 
+class BestWeights:
+    """Keeps the weights that do best on held-out text: the corpus is small enough to overfit."""
+
+    def __init__(self, model: LlamaForCausalLM, score: Callable[[], float]) -> None:
+        self._model = model
+        self._score = score
+        self._best = math.inf
+        self._weights: dict[str, Tensor] = {}
+
+    def look(self) -> None:
+        """Measure the model as it is; remember it if it is the best so far."""
+        score = self._score()
+        print(f"        held-out score {score:.4f}", flush=True)
+        if score < self._best:
+            self._best = score
+            self._weights = {k: v.clone() for k, v in self._model.state_dict().items()}
+
+    def restore(self) -> None:
+        """Put the best weights back."""
+        self.look()
+        self._model.load_state_dict(self._weights)
+
+
 def train(
     model: LlamaForCausalLM,
     data: Callable[[Phase], Iterable[tuple[Tensor, Tensor]]],
     phases: tuple[Phase, ...],
     args: argparse.Namespace,
-    device: torch.device,
+    best: BestWeights,
 ) -> None:
     """Train for ``args.minutes``, compiling included."""
+    device = next(model.parameters()).device
     optimizer = make_optimizer(model, device)
     step_loss: Callable[..., Tensor] = weighted_loss
     if args.compile:
@@ -243,6 +267,8 @@ def train(
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             tokens_seen += tokens.numel()
+            if phase is phases[-1] and step % args.look_every == 0:
+                best.look()
             # Reading the loss waits for the device, so the clock does not run ahead of the work.
             if step % 20 == 0 or step < 3:
                 value = loss.item()
@@ -254,6 +280,7 @@ def train(
                         flush=True,
                     )
         done = until
+    best.restore()
 
 
 @torch.no_grad()
@@ -305,7 +332,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     """Return the command line's values."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "small_lm")
-    parser.add_argument("--minutes", type=float, default=5.0, help="training time")
+    parser.add_argument("--minutes", type=float, default=2.0, help="training time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--vocabulary", type=int, default=3072)
     parser.add_argument("--hidden", type=int, default=256)
@@ -314,6 +341,10 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--workers", type=int, default=8, help="processes that prepare batches")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--look-every", type=int, default=100, help="steps between measurements")
+    parser.add_argument(
+        "--library", type=Path, help="folder of the standard library; this Python's when absent"
+    )
     parser.add_argument("--max-files", type=int, help="use only so many files, for a quick try")
     parser.add_argument("--tiny", action="store_true", help="short sequences, for a quick try")
     parser.add_argument("--compile", action=argparse.BooleanOptionalAction, default=True)
@@ -325,10 +356,12 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
     args = parse_arguments(arguments)
     device = torch.device(args.device)
     torch.set_float32_matmul_precision("high")
-    files = corpus.standard_library_files(held_out=False)[: args.max_files]
+    files = corpus.standard_library_files(held_out=False, root=args.library)[: args.max_files]
     tokenizer = train_tokenizer(iter(list(corpus.read_texts(files))), args.vocabulary)
     stream = corpus.encode_files(files, tokenizer)
-    held_out_files = corpus.standard_library_files(held_out=True)[: args.max_files]
+    held_out_files = corpus.standard_library_files(held_out=True, root=args.library)[
+        : args.max_files
+    ]
     held_out = corpus.encode_files(held_out_files, tokenizer)
     model = build_model(args, tokenizer).to(device)
     parameters = sum(p.numel() for p in model.parameters())
@@ -350,7 +383,11 @@ def main(arguments: list[str] | None = None) -> dict[str, dict[str, float]]:
             pin_memory=device.type == "cuda",
         )
 
-    train(model, data, phases, args, device)
+    def score() -> float:
+        loss, found = measure(model, held_out, tokenizer, phases[-1].length, 4)
+        return loss + 1 - found
+
+    train(model, data, phases, args, BestWeights(model, score))
 
     # What is stored is what is measured.
     model.to(torch.bfloat16).eval()
