@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import seer_compile
+from seer_compile.types import SkipCode
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -150,6 +151,15 @@ def test_links_between_documents_resolve(path):
     for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", path.read_text()):
         if not re.match(r"\w+://", target):
             assert (path.parent / target).exists(), f"{path.name} links to {target}"
+
+
+def test_every_reason_to_stay_dense_is_documented_and_given_by_a_pass():
+    text = (ROOT / "docs" / "sites.md").read_text()
+    rows = dict(re.findall(r"^\| `([A-Z_]+)` \| (.+?) \|", text, re.MULTILINE))
+    assert rows == {code.name: code.value for code in SkipCode}
+    passes = "".join(path.read_text() for path in (ROOT / "passes").glob("*.py"))
+    for code in SkipCode:
+        assert f"SkipCode.{code.name}" in passes, f"no pass gives the reason {code.name}"
 
 
 def test_readme_shows_only_results_that_are_recorded():
