@@ -34,7 +34,9 @@ FRACTION_GRID: tuple[float, ...] = (
     *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     *(0.9, 1.0),
 )
-COUNT_GRID: tuple[float, ...] = tuple(float(2**power) for power in range(15))
+COUNT_GRID: tuple[float, ...] = tuple(
+    float(count) for power in range(15) for count in (2**power, 3 * 2**power // 2)
+)[1:]
 RATIO_GRID: tuple[float, ...] = tuple(2.0 ** (6 - power / 2) for power in range(33))
 GRIDS = {
     "top_p": MASS_GRID,
@@ -280,8 +282,8 @@ def block_visibility(gate: AttnGate, inputs: SiteInputs) -> Tensor:
 
 
 def control_windows(blocks: int) -> list[int]:
-    """Return local windows in blocks: none, 1, 2, 4, ... and all."""
-    return [0, *(2**power for power in range(max(1, blocks).bit_length())), 2 * max(1, blocks)]
+    """Return local windows in blocks: none, then powers of two until all blocks are inside."""
+    return [0, *(2**power for power in range(max(1, blocks).bit_length() + 1))]
 
 
 def _distance_to_diagonal(gate: AttnGate, inputs: SiteInputs) -> Tensor:
@@ -343,8 +345,8 @@ def _curve(
             kept, captured = zip(*points, strict=True)
         else:
             kept, captured = sums.kept[kind], sums.captured[kind]
-        densities.append([min(1.0, value / visible) for value in kept])
-        masses.append([min(1.0, value / rows) for value in captured])
+        densities.append([_share(value, visible) for value in kept])
+        masses.append([_share(value, rows) for value in captured])
         if kind == "gate" and any(sums.norm):
             errors.append(
                 [math.sqrt(w / n) if n else 0.0 for w, n in zip(sums.wrong, sums.norm, strict=True)]
@@ -357,6 +359,11 @@ def _curve(
         "captured_mass": masses,
         "errors": errors if len(errors) == len(ordered) else None,
     }
+
+
+def _share(part: float, whole: float) -> float:
+    # Rounding may pass 1; written so that NaN stays NaN.
+    return 1.0 if part > whole else part / whole
 
 
 def _ascending(lengths: list[int]) -> list[int]:

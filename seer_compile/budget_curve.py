@@ -22,6 +22,8 @@ ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "equal_marginal")
 # A mass of exactly 1 has no finite log odds; this is where it is drawn.
 _LEAST_REST = 1e-6
 _LEAST_DENSITY = 1e-6
+# Between neighbouring budgets, in mass or relative error.
+_JUMP = 0.05
 _Row = tuple[float, ...]
 
 
@@ -72,10 +74,7 @@ class BudgetCurve:
 
     def budget_for_mass(self, length: float, *, mass: float) -> float:
         """Return the smallest budget whose captured mass reaches ``mass`` at a length."""
-        rest = 1 - np.maximum.accumulate(self.row("captured_mass", length))
-        known = -np.log(np.maximum(rest, _LEAST_REST))
-        wanted = -math.log(max(1 - mass, _LEAST_REST))
-        return self._from_axis(np.interp(wanted, known, self._axis()))
+        return self._reach(1 - self.row("captured_mass", length), 1 - mass)
 
     def budget_for_error(self, length: float, *, error: float) -> float:
         """Return the smallest budget whose output error stays within ``error`` at a length.
@@ -88,9 +87,20 @@ class BudgetCurve:
                 "output errors were not measured for these gates",
                 hint="Calibrate with max_error=... to measure them.",
             )
-        known = -np.log(np.maximum(self.row("errors", length), _LEAST_REST))
-        wanted = -math.log(max(error, _LEAST_REST))
-        return self._from_axis(np.interp(wanted, np.maximum.accumulate(known), self._axis()))
+        return self._reach(self.row("errors", length), error)
+
+    def _reach(self, lost: np.ndarray, allowed: float) -> float:
+        """Return the first budget that loses no more than is allowed, between measured ones."""
+        lost = np.minimum.accumulate(lost)
+        axis, after = self._axis(), int(np.argmax(lost <= allowed + 1e-9))
+        if lost[after] > allowed + 1e-9:
+            return self._from_axis(axis[-1])
+        # Where the loss jumps, a straight line across would promise what was not measured.
+        if after == 0 or lost[after - 1] - lost[after] > _JUMP:
+            return self._from_axis(axis[after])
+        known = -np.log(np.maximum(lost[after - 1 : after + 1], _LEAST_REST))
+        wanted = -math.log(max(allowed, _LEAST_REST))
+        return self._from_axis(np.interp(wanted, known, axis[after - 1 : after + 1]))
 
     def value_at(self, name: str, length: float, budget: float) -> float:
         """Return one table's value at a length and budget, by interpolation."""

@@ -1,0 +1,174 @@
+"""Curves: what is measured equals what a selection really keeps and captures."""
+
+import pytest
+import torch
+
+from seer_compile.calibration.budget import control_windows, selection_totals, tabulate
+from seer_compile.calibration.targets import attention_mass
+from seer_compile.config import Fraction, GateConfig, Threshold, TopK
+from seer_compile.errors import CalibrationDataError
+from seer_compile.gate_store import GateStore
+from seer_compile.types import BlockSize
+from support.inputs import random_selection
+from support.planted import BLOCK, PlantedModel, batches
+
+SIZE = BlockSize(query=BLOCK, key=BLOCK)
+CONFIG = GateConfig(gate_dim=32, block_size=SIZE)
+GRID = (0.2, 0.5, 0.9, 1.0)
+
+
+def measure(data, config=CONFIG, grid=GRID, model=None, **options):
+    store = GateStore(config)
+    model = model or PlantedModel()
+    return store, tabulate(model.run, store, data, grid=grid, **options)
+
+
+def kept_map(selection, blocks):
+    kept = torch.zeros(*selection.counts.shape, blocks, dtype=torch.bool)
+    for row in torch.cartesian_prod(*(torch.arange(side) for side in selection.counts.shape)):
+        place = tuple(row.tolist())
+        count = int(selection.counts[place])
+        kept[place][selection.indices[place][:count].long()] = True
+    return kept
+
+
+def test_totals_ignore_entries_past_the_count():
+    selection = random_selection(2, 3, 5, 7, density=0.4)
+    mass = torch.rand(2, 3, 5, 7)
+    kept, captured = selection_totals(selection, mass)
+    expected = kept_map(selection, 7)
+    assert torch.equal(kept, expected.sum((0, 2, 3)))
+    torch.testing.assert_close(captured.float(), (mass * expected).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("share_group", [False, True])
+def test_curve_equals_a_selection_done_by_hand(share_group):
+    config = GateConfig(gate_dim=32, block_size=SIZE, share_group=share_group)
+    data = batches(2, 200)
+    model = PlantedModel()
+    store, tables = measure(data, config, model=model)
+    kept, visible, captured, rows = 0, 0, 0.0, 0
+
+    def handler(inputs):
+        nonlocal kept, visible, captured, rows
+        if inputs.name != "layers.1.attn":
+            return inputs.query
+        gate = store.get(inputs.name)
+        selection = gate.select(inputs, torch.full((gate.selection_heads,), GRID[1]))
+        mass = attention_mass(inputs, query_unit=BLOCK, key_unit=BLOCK)
+        mass = mass.unflatten(1, (gate.selection_heads, -1)).mean(2)
+        chosen = kept_map(selection, mass.shape[-1])
+        kept += int(chosen.sum())
+        visible += mass.shape[1] * sum(range(1, mass.shape[-1] + 1))
+        captured += float((mass * chosen).sum())
+        rows += mass.shape[1] * mass.shape[2]
+        return inputs.query
+
+    for batch in data:
+        model.run(batch, handler)
+    found = tables["layers.1.attn"].gate
+    assert found.densities[0][1] == pytest.approx(kept / visible)
+    assert found.captured_mass[0][1] == pytest.approx(captured / rows, rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["gate", "oracle", "control"])
+def test_curves_rise_to_everything(kind):
+    _, tables = measure(batches(2, 250))
+    for table in tables.values():
+        measured = getattr(table, kind)
+        for row in (*measured.densities, *measured.captured_mass):
+            assert list(row) == sorted(row)
+            assert row[-1] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_oracle_captures_at_least_what_the_untrained_gate_does():
+    _, tables = measure(batches(3, 384))
+    for table in tables.values():
+        for density in (0.2, 0.3, 0.5):
+            oracle = table.oracle.mass_at_density(384, density)
+            assert oracle >= table.gate.mass_at_density(384, density) - 1e-3
+            assert oracle >= table.control.mass_at_density(384, density) - 1e-3
+
+
+def test_each_length_has_its_own_row_and_density_falls_with_length():
+    _, tables = measure(batches(4, 128, 512))
+    measured = tables["layers.0.attn"].gate
+    assert measured.lengths == (128, 512)
+    assert measured.densities[1][0] < measured.densities[0][0]
+
+
+def test_close_lengths_share_a_row():
+    _, tables = measure(batches(4, 250, 256, 260, 255))
+    assert tables["layers.0.attn"].gate.lengths == (255,)
+
+
+def test_padded_rows_carry_no_mass_and_do_not_dilute_it():
+    data = [{**batch, "real": torch.tensor(200)} for batch in batches(2, 320)]
+    _, tables = measure(data)
+    assert tables["layers.0.attn"].gate.captured_mass[0][-1] == pytest.approx(1.0, abs=1e-5)
+
+
+def test_output_errors_fall_to_zero_and_are_measured_on_request_only():
+    data = batches(1, 200)
+    assert measure(data)[1]["layers.0.attn"].gate.errors is None
+    _, tables = measure(data, measure_errors=True)
+    errors = tables["layers.0.attn"].gate.errors[0]
+    assert errors[0] > errors[1] > errors[3]
+    assert errors[3] == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("selector", [Fraction(), TopK(), Threshold()])
+def test_every_selector_has_a_grid_of_rising_density(selector):
+    config = GateConfig(gate_dim=32, block_size=SIZE, selector=selector)
+    store, tables = measure(batches(1, 200), config, grid=None)
+    for name, table in tables.items():
+        densities = table.gate.densities[0]
+        assert list(densities) == sorted(densities)
+        assert densities[-1] == pytest.approx(1.0)
+        store.get(name).curve = table.gate
+    store.set_budget(density=0.5)
+    again = tabulate(
+        PlantedModel().run, store, batches(1, 200), grid=[float(store.get(name).budget_at(200)[0])]
+    )
+    assert again[name].gate.densities[0][0] == pytest.approx(0.5, abs=0.12)
+
+
+def test_head_densities_average_to_the_density():
+    _, tables = measure(batches(1, 256))
+    table = tables["layers.0.attn"]
+    for place, row in enumerate(table.head_densities):
+        assert sum(row) / len(row) == pytest.approx(table.gate.densities[0][place])
+
+
+def test_block_maps_show_the_longest_sequence():
+    _, tables = measure(batches(2, 128, 512))
+    block_map = tables["layers.0.attn"].block_map
+    assert len(block_map.scores) == len(block_map.oracle) == 512 // BLOCK
+    assert block_map.scores[0][5] == 0.0
+
+
+def test_windows_reach_from_none_to_all():
+    for blocks in (1, 2, 5, 64):
+        windows = control_windows(blocks)
+        assert windows[0] == 0
+        assert windows[-1] >= blocks
+        assert windows == sorted(set(windows))
+
+
+def test_data_that_reaches_no_site_is_named():
+    store = GateStore(CONFIG)
+    with pytest.raises(CalibrationDataError, match="no attention site"):
+        tabulate(lambda batch, handler: None, store, [{}])
+
+
+def test_infinite_keys_are_named():
+    with pytest.raises(CalibrationDataError, match=r"layers\.1\.attn"):
+        measure([{**batches(1, 200)[0], "poison": torch.tensor(1)}])
+
+
+def test_measuring_changes_no_gate():
+    store, _ = measure(batches(1, 200))
+    before = {key: value.clone() for key, value in store.state_dict().items()}
+    tabulate(PlantedModel().run, store, batches(2, 200), grid=GRID)
+    for key, value in store.state_dict().items():
+        assert torch.equal(value, before[key])
