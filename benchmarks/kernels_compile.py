@@ -1,0 +1,162 @@
+"""Compile the Triton kernels for a GPU that need not be there, and read what the compiler made.
+
+    python benchmarks/kernels_compile.py --capability 90 [--sass DIR] [--only attention_forward]
+
+prints registers, spills and shared memory of each kernel in each configuration listed in
+``CASES``. The same machinery fills Triton's cache ahead of a run (:func:`offline_compilation`):
+a launch inside it compiles and does not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime.jit import JITFunction
+
+
+class _AbsentDevice:
+    """What Triton asks of a driver while it compiles."""
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, 32)
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        del device
+        return 0
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """One kernel as the compiler left it."""
+
+    name: str
+    warps: int
+    shared: int
+    """Bytes of shared memory per program."""
+    cubin: bytes
+
+    def tool(self, tool: str, *flags: str) -> str:
+        """Return what a CUDA binary tool says about the kernel."""
+        path = Path(triton.__file__).parent / "backends/nvidia/bin" / tool
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.cubin)
+            file.flush()
+            command = [str(path), *flags, file.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+    @property
+    def registers(self) -> int:
+        """Registers per thread."""
+        return int(re.findall(r"REG:(\d+)", self.tool("cuobjdump", "-res-usage"))[-1])
+
+    @property
+    def stack(self) -> int:
+        """Bytes of stack per thread: what the compiler spilt, or indexed at run time."""
+        return int(re.findall(r"STACK:(\d+)", self.tool("cuobjdump", "-res-usage"))[-1])
+
+    @property
+    def sass(self) -> str:
+        """The machine code."""
+        return self.tool("cuobjdump", "--dump-sass")
+
+
+@contextmanager
+def offline_compilation(capability: int = 90) -> Iterator[list[Compiled]]:
+    """Turn each launch of a Triton kernel into its compilation; yield what was compiled."""
+    compiled: list[Compiled] = []
+    run = JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        del grid, warmup
+        kernel = run(self, *args, grid=(1,), warmup=True, **kwargs)
+        if kernel is not None:
+            kernel = kernel.result() if hasattr(kernel, "result") else kernel
+            data = kernel.metadata
+            compiled.append(Compiled(kernel.name, data.num_warps, data.shared, kernel.asm["cubin"]))
+        return kernel
+
+    driver = triton.runtime.driver
+    previous = driver._active
+    driver.set_active(_AbsentDevice(capability))
+    JITFunction.run = compile_only
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = previous
+
+
+def _selection(batch, heads, q_len, k_len, query_block, key_block):
+    shape = (batch, heads, -(-q_len // query_block), -(-k_len // key_block))
+    return torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:3], dtype=torch.int32)
+
+
+def attention_forward(dtype, dim, query_block, key_block, selections, **visibility):
+    from seer_compile.kernels.triton.attention_forward import launch
+
+    query = torch.zeros(1, 8, 256, dim, dtype=dtype)
+    key = torch.zeros(1, 2, 256, dim, dtype=dtype)
+    indices, counts = _selection(1, selections, 256, 256, query_block, key_block)
+    arguments = (query, key, key, indices, counts, 0.1, query_block, key_block)
+    launch(*arguments, **{"upper": 0, **visibility})
+
+
+_BF16, _FP32 = torch.bfloat16, torch.float32
+CASES = {
+    "attention_forward": (
+        attention_forward,
+        [
+            (_BF16, 128, 64, 64, 8),
+            (_BF16, 128, 64, 64, 2),
+            (_BF16, 128, 128, 128, 8),
+            (_BF16, 64, 64, 64, 8),
+            (_BF16, 256, 64, 64, 8),
+            (_BF16, 256, 128, 128, 8),
+            (_BF16, 80, 32, 16, 8),
+            (_FP32, 64, 64, 64, 8),
+            (_FP32, 256, 128, 128, 8),
+        ],
+    ),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--capability", type=int, default=90)
+    parser.add_argument("--only", choices=sorted(CASES), nargs="*")
+    parser.add_argument("--sass", type=Path, help="write the machine code of each kernel here")
+    arguments = parser.parse_args()
+    for name in arguments.only or CASES:
+        function, cases = CASES[name]
+        for number, case in enumerate(cases):
+            with offline_compilation(arguments.capability) as compiled:
+                function(*case)
+            for kernel in compiled:
+                print(
+                    f"{kernel.name:28} {case!s:48} {kernel.warps} warps {kernel.registers:3}"
+                    f" registers {kernel.stack:4} B stack {kernel.shared / 1024:6.1f} KiB shared",
+                    flush=True,
+                )
+                if arguments.sass:
+                    arguments.sass.mkdir(parents=True, exist_ok=True)
+                    (arguments.sass / f"{kernel.name}_{number}.sass").write_text(kernel.sass)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,430 @@
+"""The two kernels behind block scores and attention mass: a softmax map, pooled as it is made.
+
+    weight[i, j] = softmax over the visible j of (scale * row[i] . column[j])
+    map[m, n]    = reduce over rows i of unit m ( reduce over columns j of unit n ( weight[i, j] ))
+
+Rows and columns stand for ``EXTENT`` tokens each (one for attention, a sub-block for a gate). A
+pair is visible when the band lets any of its token pairs through, the column is flagged usable,
+and the ranges of document ids of the two overlap.
+
+Pass 1 writes the log-sum-exp of each row. Pass 2 makes the logits again, turns them into weights
+and reduces each tile in registers: nothing of size rows x columns, nor rows x units, exists.
+
+Layout: tiles of rows against tiles of columns. The columns of a tile are taken unit by unit (place
+``p`` of every unit, then ``p + 1``), which puts the columns of one unit into the same thread of a
+tensor-core result, so that the reduction over them needs no exchange between threads.
+
+Numerics: products accumulate in float32, softmax and reductions in float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from seer_compile.kernels.triton.primitives import (
+    load_tile,
+    load_whole_tile,
+    shifted_band,
+    tile_pointers,
+)
+
+
+@triton.jit
+def _visible_pairs(
+    rows,
+    columns,
+    is_column,
+    q_len,
+    k_len,
+    upper,
+    lower,
+    usable_ptr,
+    row_low_ptr,
+    row_high_ptr,
+    column_low_ptr,
+    column_high_ptr,
+    EXTENT: tl.constexpr,
+):
+    """Return ``[rows, columns]``; the pointers are those of one batch item."""
+    first_query, first_key = rows * EXTENT, columns * EXTENT
+    last_query = tl.minimum(first_query + EXTENT, q_len) - 1
+    last_key = tl.minimum(first_key + EXTENT, k_len) - 1
+    if usable_ptr is not None:
+        flags = tl.load(usable_ptr + columns, mask=is_column, other=0)
+        is_column = is_column & (flags != 0)
+    nearest = first_key[None, :] - last_query[:, None]
+    furthest = last_key[None, :] - first_query[:, None]
+    visible = (nearest <= upper) & (furthest >= lower) & is_column[None, :]
+    if row_low_ptr is not None:
+        is_row = first_query < q_len
+        row_low = tl.load(row_low_ptr + rows, mask=is_row, other=0)
+        row_high = tl.load(row_high_ptr + rows, mask=is_row, other=0)
+        column_low = tl.load(column_low_ptr + columns, mask=is_column, other=0)
+        column_high = tl.load(column_high_ptr + columns, mask=is_column, other=0)
+        visible = visible & (row_low[:, None] <= column_high[None, :])
+        visible = visible & (row_high[:, None] >= column_low[None, :])
+    return visible
+
+
+@triton.jit
+def _tile_ranges(
+    first_row,
+    last_row,
+    num_columns,
+    q_len,
+    k_len,
+    upper,
+    lower,
+    EXTENT: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Return the range of column tiles that any row sees, and of those that all rows see whole."""
+    first_query = first_row * EXTENT
+    last_query = tl.minimum(last_row * EXTENT + EXTENT, q_len) - 1
+    tokens = TILE * EXTENT
+    end = (tl.maximum(tl.minimum(k_len, last_query + upper + 1), 0) + tokens - 1) // tokens
+    begin = tl.minimum(tl.maximum(first_query + lower, 0) // tokens, end)
+    # All pairs are visible when the last column begins in reach of the first row's last token,
+    # and the first column ends in reach of the last row's first token.
+    row_last = tl.minimum(first_query + EXTENT, q_len) - 1
+    inner_end = tl.maximum(tl.minimum((row_last + upper) // EXTENT + 1, num_columns), 0) // TILE
+    inner_end = tl.where(row_last + upper < 0, 0, inner_end)
+    needed = tl.maximum(last_row * EXTENT + lower, 0)
+    inner_begin = (needed + tokens - 1) // tokens
+    inner_begin = tl.minimum(tl.maximum(inner_begin, begin), end)
+    inner_end = tl.minimum(tl.maximum(inner_end, inner_begin), end)
+    return begin, inner_begin, inner_end, end
+
+
+@triton.jit
+def _add_tile(logits, visible, running_max, running_sum, qk_scale):
+    if visible is None:
+        logits = logits * qk_scale
+    else:
+        logits = tl.where(visible, logits * qk_scale, float("-inf"))
+    new_max = tl.maximum(running_max, tl.max(logits, 1))
+    base = tl.where(new_max == float("-inf"), 0.0, new_max)
+    running_sum = running_sum * tl.math.exp2(running_max - base)
+    running_sum += tl.sum(tl.math.exp2(logits - base[:, None]), 1)
+    return new_max, running_sum
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_columns",
+        "q_len",
+        "k_len",
+        "upper",
+        "lower",
+        "tiles",
+        "heads",
+    ]
+)
+def row_log_sum(
+    row_ptr,
+    column_ptr,
+    log_sum_ptr,
+    row_strides,
+    column_strides,
+    offset_ptr,
+    usable_ptr,
+    row_low_ptr,
+    row_high_ptr,
+    column_low_ptr,
+    column_high_ptr,
+    num_rows,
+    num_columns,
+    q_len,
+    k_len,
+    upper,
+    lower,
+    qk_scale,
+    tiles,
+    heads,
+    PER_KEY_HEAD: tl.constexpr,
+    EXTENT: tl.constexpr,
+    TILE_R: tl.constexpr,
+    TILE_C: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the base-2 log-sum-exp of each row; -inf for a row that sees nothing."""
+    program = tl.program_id(0)
+    tile = tiles - 1 - program % tiles
+    head = (program // tiles % heads).to(tl.int64)
+    batch = (program // tiles // heads).to(tl.int64)
+    upper, lower = shifted_band(upper, lower, offset_ptr)
+    rows = tile * TILE_R + tl.arange(0, TILE_R)
+    columns_of_tile = tl.arange(0, TILE_C)
+    dims = tl.arange(0, PADDED_DIM)
+    is_row = rows < num_rows
+    row_base = row_ptr + batch * row_strides[0] + head * row_strides[1]
+    row = load_tile(
+        tile_pointers(row_base, rows, row_strides[2], dims, row_strides[3]),
+        is_row,
+        dims,
+        DIM,
+        PADDED_DIM,
+    )
+    key_head = head // PER_KEY_HEAD
+    column_base = column_ptr + batch * column_strides[0] + key_head * column_strides[1]
+    column_tile = tile_pointers(
+        column_base, columns_of_tile, column_strides[2], dims, column_strides[3]
+    )
+    if usable_ptr is not None:
+        usable_ptr += batch * num_columns
+    if row_low_ptr is not None:
+        row_low_ptr += batch * num_rows
+        row_high_ptr += batch * num_rows
+        column_low_ptr += batch * num_columns
+        column_high_ptr += batch * num_columns
+    last_row = tl.minimum(tile * TILE_R + TILE_R, num_rows) - 1
+    begin, inner_begin, inner_end, end = _tile_ranges(
+        tile * TILE_R, last_row, num_columns, q_len, k_len, upper, lower, EXTENT, TILE_C
+    )
+    if (usable_ptr is not None) or (row_low_ptr is not None):
+        inner_begin = begin
+        inner_end = begin
+    running_max = tl.full([TILE_R], float("-inf"), tl.float32)
+    running_sum = tl.zeros([TILE_R], tl.float32)
+    for step in range(inner_begin, inner_end):
+        start = tl.cast(step * TILE_C, tl.int64)
+        column = load_whole_tile(column_tile + start * column_strides[2], dims, DIM, PADDED_DIM)
+        logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
+        running_max, running_sum = _add_tile(logits, None, running_max, running_sum, qk_scale)
+    num_before = inner_begin - begin
+    for step in range(0, num_before + end - inner_end):
+        edge = tl.where(step < num_before, begin + step, inner_end + step - num_before)
+        start = tl.cast(edge * TILE_C, tl.int64)
+        columns = edge * TILE_C + columns_of_tile
+        is_column = columns < num_columns
+        column = load_tile(
+            column_tile + start * column_strides[2], is_column, dims, DIM, PADDED_DIM
+        )
+        visible = _visible_pairs(
+            rows,
+            columns,
+            is_column,
+            q_len,
+            k_len,
+            upper,
+            lower,
+            usable_ptr,
+            row_low_ptr,
+            row_high_ptr,
+            column_low_ptr,
+            column_high_ptr,
+            EXTENT,
+        )
+        logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
+        running_max, running_sum = _add_tile(logits, visible, running_max, running_sum, qk_scale)
+    is_empty = running_sum == 0.0
+    log_sum = running_max + tl.math.log2(tl.where(is_empty, 1.0, running_sum))
+    target = log_sum_ptr + (batch * heads + head) * num_rows + rows
+    tl.store(target, tl.where(is_empty, float("-inf"), log_sum), mask=is_row)
+
+
+@triton.jit
+def _load_rows(
+    row_base,
+    log_sum_ptr,
+    row_strides,
+    first_head,
+    head,
+    rows,
+    is_row,
+    num_rows,
+    dims,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+):
+    """Return the rows of one head and their log-sum-exps."""
+    pointers = tile_pointers(
+        row_base + head * row_strides[1], rows, row_strides[2], dims, row_strides[3]
+    )
+    log_sums = log_sum_ptr + (first_head + head) * num_rows + rows
+    log_sum = tl.load(log_sums, mask=is_row, other=float("-inf"))
+    return load_tile(pointers, is_row, dims, DIM, PADDED_DIM), log_sum
+
+
+@triton.jit
+def _reduce_tile(
+    weight,
+    ROW_UNITS: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMN_UNITS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    MEAN_ROWS: tl.constexpr,
+):
+    """Reduce ``[rows, columns]`` weights to ``[row units, column units]``."""
+    weight = tl.reshape(weight, [ROW_UNITS * ROWS, COLUMNS, COLUMN_UNITS])
+    weight = tl.sum(weight, 1) if SUM_COLUMNS else tl.max(weight, 1)
+    weight = tl.reshape(weight, [ROW_UNITS, ROWS, COLUMN_UNITS])
+    return tl.sum(weight, 1) if MEAN_ROWS else tl.max(weight, 1)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows",
+        "num_columns",
+        "num_row_units",
+        "num_column_units",
+        "q_len",
+        "k_len",
+        "upper",
+        "lower",
+        "tiles",
+        "pooled_heads",
+    ]
+)
+def pooled_map(
+    row_ptr,
+    column_ptr,
+    log_sum_ptr,
+    map_ptr,
+    row_strides,
+    column_strides,
+    offset_ptr,
+    usable_ptr,
+    row_low_ptr,
+    row_high_ptr,
+    column_low_ptr,
+    column_high_ptr,
+    num_rows,
+    num_columns,
+    num_row_units,
+    num_column_units,
+    q_len,
+    k_len,
+    upper,
+    lower,
+    qk_scale,
+    tiles,
+    pooled_heads,
+    PER_KEY_HEAD: tl.constexpr,
+    POOLED: tl.constexpr,
+    EXTENT: tl.constexpr,
+    ROW_UNIT: tl.constexpr,
+    COLUMN_UNIT: tl.constexpr,
+    ROW_UNITS: tl.constexpr,
+    COLUMN_UNITS: tl.constexpr,
+    PADDED_ROW_UNIT: tl.constexpr,
+    PADDED_COLUMN_UNIT: tl.constexpr,
+    DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SUM_COLUMNS: tl.constexpr,
+    MEAN_ROWS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Write the pooled map, its maximum over ``POOLED`` consecutive heads; 0 where unseen."""
+    program = tl.program_id(0)
+    tile = tiles - 1 - program % tiles
+    pooled_head = (program // tiles % pooled_heads).to(tl.int64)
+    batch = (program // tiles // pooled_heads).to(tl.int64)
+    upper, lower = shifted_band(upper, lower, offset_ptr)
+    heads = pooled_heads * POOLED
+    TILE_R: tl.constexpr = ROW_UNITS * PADDED_ROW_UNIT
+    TILE_C: tl.constexpr = COLUMN_UNITS * PADDED_COLUMN_UNIT
+    row_places = tl.arange(0, TILE_R)
+    row_units = tile * ROW_UNITS + tl.arange(0, ROW_UNITS)
+    rows = (tile * ROW_UNITS + row_places // PADDED_ROW_UNIT) * ROW_UNIT
+    rows += row_places % PADDED_ROW_UNIT
+    is_row = (row_places % PADDED_ROW_UNIT < ROW_UNIT) & (rows < num_rows)
+    places = tl.arange(0, TILE_C)
+    # Place p of every unit of the tile, then place p + 1.
+    columns_of_tile = places % COLUMN_UNITS * COLUMN_UNIT + places // COLUMN_UNITS
+    is_place = places // COLUMN_UNITS < COLUMN_UNIT
+    units_of_tile = tl.arange(0, COLUMN_UNITS)
+    dims = tl.arange(0, PADDED_DIM)
+    STEP: tl.constexpr = COLUMN_UNITS * COLUMN_UNIT
+    if usable_ptr is not None:
+        usable_ptr += batch * num_columns
+    if row_low_ptr is not None:
+        row_low_ptr += batch * num_rows
+        row_high_ptr += batch * num_rows
+        column_low_ptr += batch * num_columns
+        column_high_ptr += batch * num_columns
+    first_row = tile * ROW_UNITS * ROW_UNIT
+    last_row = tl.minimum(first_row + ROW_UNITS * ROW_UNIT, num_rows) - 1
+    begin, inner_begin, inner_end, end = _tile_ranges(
+        first_row, last_row, num_columns, q_len, k_len, upper, lower, EXTENT, STEP
+    )
+    if (usable_ptr is not None) or (row_low_ptr is not None):
+        inner_begin = begin
+        inner_end = begin
+    map_rows = ((batch * pooled_heads + pooled_head) * num_row_units + row_units) * num_column_units
+    target = map_ptr + map_rows[:, None] + units_of_tile[None, :]
+    is_row_unit = row_units < num_row_units
+    unseen = tl.zeros([ROW_UNITS, COLUMN_UNITS], tl.float32)
+    num_steps = (num_column_units + COLUMN_UNITS - 1) // COLUMN_UNITS
+    for step in range(0, begin):
+        is_unit = step * COLUMN_UNITS + units_of_tile < num_column_units
+        inside = is_row_unit[:, None] & is_unit[None, :]
+        tl.store(target + step * COLUMN_UNITS, unseen, mask=inside)
+    for step in range(end, num_steps):
+        is_unit = step * COLUMN_UNITS + units_of_tile < num_column_units
+        inside = is_row_unit[:, None] & is_unit[None, :]
+        tl.store(target + step * COLUMN_UNITS, unseen, mask=inside)
+
+    row_base = row_ptr + batch * row_strides[0]
+    column_base = column_ptr + batch * column_strides[0]
+    first_head = pooled_head * POOLED
+    row, log_sum = _load_rows(
+        row_base, log_sum_ptr, row_strides, batch * heads, first_head, rows, is_row, num_rows,
+        dims, DIM, PADDED_DIM,
+    )  # fmt: skip
+    for step in range(begin, end):
+        columns = step * STEP + columns_of_tile
+        is_column = is_place & (columns < num_columns)
+        is_edge = (step < inner_begin) | (step >= inner_end)
+        result = tl.zeros([ROW_UNITS, COLUMN_UNITS], tl.float32)
+        for member in tl.static_range(POOLED):
+            if POOLED > 1:
+                row, log_sum = _load_rows(
+                    row_base, log_sum_ptr, row_strides, batch * heads, first_head + member, rows,
+                    is_row, num_rows, dims, DIM, PADDED_DIM,
+                )  # fmt: skip
+            key_head = (first_head + member) // PER_KEY_HEAD
+            column = load_tile(
+                tile_pointers(
+                    column_base + key_head * column_strides[1],
+                    columns,
+                    column_strides[2],
+                    dims,
+                    column_strides[3],
+                ),
+                is_column,
+                dims,
+                DIM,
+                PADDED_DIM,
+            )
+            is_seeing = log_sum != float("-inf")
+            # A row that sees nothing has log-sum-exp -inf; with +inf its weights are 0.
+            base = tl.where(is_seeing, log_sum, float("inf"))
+            logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
+            weight = tl.math.exp2(logits * qk_scale - base[:, None])
+            if is_edge:
+                visible = _visible_pairs(
+                    rows, columns, is_column, q_len, k_len, upper, lower, usable_ptr,
+ row_low_ptr, row_high_ptr, column_low_ptr,
+                    column_high_ptr, EXTENT,
+                )  # fmt: skip
+                weight = tl.where(visible & is_seeing[:, None], weight, 0.0)
+            if PADDED_COLUMN_UNIT > COLUMN_UNIT:
+                weight = tl.where(is_place[None, :], weight, 0.0)
+            reduced = _reduce_tile(
+                weight, ROW_UNITS, PADDED_ROW_UNIT, COLUMN_UNITS, PADDED_COLUMN_UNIT,
+                SUM_COLUMNS, MEAN_ROWS,
+            )  # fmt: skip
+            if MEAN_ROWS:
+                seeing = tl.reshape(is_seeing.to(tl.int32), [ROW_UNITS, PADDED_ROW_UNIT])
+                num_seeing = tl.maximum(tl.sum(seeing, 1), 1).to(tl.float32)
+                reduced = reduced / num_seeing[:, None]
+            result = tl.maximum(result, reduced)
+        is_unit = step * COLUMN_UNITS + units_of_tile < num_column_units
+        inside = is_row_unit[:, None] & is_unit[None, :]
+        tl.store(target + step * COLUMN_UNITS, result, mask=inside)

@@ -1,0 +1,243 @@
+"""Turn block scores into the ascending list of kept key blocks of each query block.
+
+Layout: one program per row, the whole row in registers. The cut is found by bisection on the bits
+of the scores (for floats of one sign their integer order is their order), at most 32 rounds of one
+reduction each; no sort. Kept blocks are then numbered by a prefix sum and written in order.
+
+Numerics: sums in float32, in a fixed order, so a selection is reproducible.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from seer_compile.config import SELECTORS
+from seer_compile.errors import FeatureUnsupportedError, RangeError
+from seer_compile.kernels.triton.block_scores import column_rules
+from seer_compile.kernels.triton.primitives import launching_on, make_band, shifted_band
+
+_LARGEST_ROW = 32768
+_PER_WARP = 1024
+"""Blocks of a row per warp: 32 scores in each thread."""
+
+
+@triton.jit
+def _ordered_bits(score):
+    """Map floats to int32 numbers of the same order."""
+    # Minus zero would sort below zero.
+    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+
+
+@triton.jit
+def _forced_blocks(
+    blocks, visible, is_usable, score, first_query, last_query, upper, num_blocks,
+    KEY_BLOCK: tl.constexpr, DIAGONAL: tl.constexpr,
+):  # fmt: skip
+    """Return which visible blocks are always kept: diagonal, sink, best."""
+    candidates = tl.where(visible, score, float("-inf"))
+    best = tl.min(tl.where(visible & (candidates == tl.max(candidates, 0)), blocks, 1 << 30), 0)
+    sink = tl.min(tl.where(visible & is_usable, blocks, 1 << 30), 0)
+    forced = (blocks == best) | (blocks == sink)
+    if DIAGONAL != "none":
+        last = num_blocks - 1
+        if DIAGONAL == "same_position":
+            upper = 0
+        begin = tl.minimum(tl.maximum(first_query + upper, 0) // KEY_BLOCK, last)
+        end = tl.minimum(tl.maximum(last_query + upper, 0) // KEY_BLOCK, last)
+        forced = forced | ((blocks >= begin) & (blocks <= end))
+    return forced & visible
+
+
+@triton.jit
+def _cut(order, score, visible, forced, needed, BY_MASS: tl.constexpr):
+    """Return the largest cut at which what is kept (forced, or at the cut or above) suffices.
+
+    ``needed`` is a score sum, or a number of blocks besides the forced ones.
+    """
+    low = tl.min(tl.where(visible, order, 0x7FFFFFFF), 0)
+    high = tl.max(tl.where(visible, order, -0x7FFFFFFF), 0) + 1
+    for _ in range(32):
+        middle = (low | high) - ((low ^ high) >> 1)
+        if BY_MASS:
+            kept = visible & (forced | (order >= middle))
+            suffices = tl.sum(tl.where(kept, score, 0.0), 0) >= needed
+        else:
+            kept = visible & (order >= middle) & (forced == 0)
+            suffices = tl.sum(kept.to(tl.int32), 0) >= needed
+        low = tl.where(suffices, middle, low)
+        high = tl.where(suffices, high, middle - 1)
+        # Equal bounds stay: their middle suffices, or low did.
+        high = tl.maximum(high, low)
+    return low
+
+
+@triton.jit
+def _kept_by_count(order, visible, forced, wanted):
+    """Return forced blocks and the best others until ``wanted`` are kept, ties by lower index."""
+    needed = wanted - tl.sum(forced.to(tl.int32), 0)
+    cut = _cut(order, order.to(tl.float32), visible, forced, needed, False)
+    others = visible & (forced == 0)
+    above = others & (order > cut)
+    ties = others & (order == cut)
+    rank = tl.cumsum(ties.to(tl.int32), 0)
+    room = needed - tl.sum(above.to(tl.int32), 0)
+    return forced | above | (ties & (rank <= room))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "num_blocks", "q_len", "k_len", "upper", "lower", "selections",
+    ]
+)  # fmt: skip
+def _select_blocks(
+    scores_ptr,
+    budget_ptr,
+    indices_ptr,
+    counts_ptr,
+    offset_ptr,
+    usable_ptr,
+    num_rows,
+    num_blocks,
+    q_len,
+    k_len,
+    upper,
+    lower,
+    selections,
+    QUERY_BLOCK: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SELECTOR: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
+    program = tl.program_id(0)
+    row = program % num_rows
+    selection = (program // num_rows % selections).to(tl.int64)
+    batch = (program // num_rows // selections).to(tl.int64)
+    upper, lower = shifted_band(upper, lower, offset_ptr)
+    blocks = tl.arange(0, WIDTH)
+    first_query = row * QUERY_BLOCK
+    last_query = tl.minimum(first_query + QUERY_BLOCK, q_len) - 1
+    first_key = blocks * KEY_BLOCK
+    last_key = tl.minimum(first_key + KEY_BLOCK, k_len) - 1
+    visible = (first_key - last_query <= upper) & (last_key - first_query >= lower)
+    visible = visible & (blocks < num_blocks)
+    row_ptr = scores_ptr + program.to(tl.int64) * num_blocks
+    score = tl.load(row_ptr + blocks, mask=visible, other=0.0)
+    is_usable = visible
+    if usable_ptr is not None:
+        flags = usable_ptr + batch * num_blocks + blocks
+        is_usable = tl.load(flags, mask=visible, other=0) != 0
+    budget = tl.load(budget_ptr + selection)
+    forced = _forced_blocks(
+        blocks, visible, is_usable, score, first_query, last_query, upper, num_blocks,
+        KEY_BLOCK, DIAGONAL,
+    )  # fmt: skip
+    order = _ordered_bits(score)
+    num_visible = tl.sum(visible.to(tl.int32), 0)
+    total = tl.sum(tl.where(visible, score, 0.0), 0)
+    if SELECTOR == "top_p":
+        cut = _cut(order, score, visible, forced, budget * total, True)
+        kept = forced | (visible & ((order >= cut) | (budget >= 1.0)))
+    elif SELECTOR == "threshold":
+        share = tl.math.div_rn(score, tl.zeros_like(score) + total)
+        limit = tl.math.div_rn(budget, num_visible.to(tl.float32))
+        kept = forced | (visible & (share >= limit))
+    elif SELECTOR == "fraction":
+        wanted = tl.math.ceil(budget * num_visible.to(tl.float32)).to(tl.int32)
+        kept = _kept_by_count(order, visible, forced, wanted)
+    else:
+        wanted = tl.math.ceil(budget).to(tl.int32)
+        kept = _kept_by_count(order, visible, forced, wanted)
+    places = tl.cumsum(kept.to(tl.int32), 0) - 1
+    target = program.to(tl.int64)
+    tl.store(indices_ptr + target * num_blocks + places, blocks, mask=kept)
+    tl.store(counts_ptr + target, tl.sum(kept.to(tl.int32), 0))
+
+
+def launch(
+    scores: Tensor,
+    budget: Tensor,
+    selector: str,
+    query_block: int,
+    key_block: int,
+    q_len: int,
+    k_len: int,
+    upper: int | None = None,
+    lower: int | None = None,
+    offset: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Select key blocks.
+
+    Args:
+        scores: ``Float32[b s m n]``, any strides.
+        budget: ``Float32[s]``: mass, share of visible blocks, number of blocks, or ratio.
+        selector: ``top_p``, ``fraction``, ``top_k`` or ``threshold``.
+        query_block: Tokens per query block.
+        key_block: Tokens per key block.
+        q_len: Query tokens.
+        k_len: Key tokens.
+        upper: Largest visible ``j - i``.
+        lower: Smallest visible ``j - i``.
+        offset: ``Int[]``, added to both bounds.
+        key_padding: ``Bool[b k]``; moves the sink to the first block with a readable key.
+        query_documents: ``Int[b q]``; does not enter.
+        key_documents: ``Int[b k]``; does not enter.
+
+    Returns:
+        ``Int32[b s m n]``, ascending, entries past the count undefined, and ``Int32[b s m]``.
+
+    Raises:
+        RangeError: Unknown selector.
+        FeatureUnsupportedError: More than 32,768 key blocks.
+
+    Cost:
+        One read of the scores of visible blocks.
+    """
+    del query_documents, key_documents
+    names = tuple(kind.name for kind in SELECTORS)
+    if selector not in names:
+        raise RangeError(argument="selector", got=selector, expected=f"one of {names}")
+    batch, selections, num_rows, num_blocks = scores.shape
+    if num_blocks > _LARGEST_ROW:
+        raise FeatureUnsupportedError(
+            argument="k_len", got=k_len, expected=f"at most {_LARGEST_ROW} key blocks"
+        )
+    indices = torch.empty(scores.shape, dtype=torch.int32, device=scores.device)
+    counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=scores.device)
+    if scores.numel() == 0:
+        return indices, counts.zero_()
+    usable = column_rules(key_block, key_padding, None, None).usable
+    band = make_band(upper, lower, offset)
+    without_bound = "same_position" if q_len == k_len else "none"
+    diagonal = without_bound if upper is None else "upper_bound"
+    width = max(16, triton.next_power_of_2(num_blocks))
+    with launching_on(scores, "scores"):
+        _select_blocks[(batch * selections * num_rows,)](
+            scores.contiguous(),
+            budget.contiguous(),
+            indices,
+            counts,
+            band.offset,
+            usable,
+            num_rows,
+            num_blocks,
+            q_len,
+            k_len,
+            band.upper,
+            band.lower,
+            selections,
+            QUERY_BLOCK=query_block,
+            KEY_BLOCK=key_block,
+            WIDTH=width,
+            SELECTOR=selector,
+            DIAGONAL=diagonal,
+            num_warps=max(1, width // _PER_WARP),
+        )
+    return indices, counts
