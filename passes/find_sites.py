@@ -1,0 +1,194 @@
+"""Every attention computation of a graph, in the order of execution.
+
+    aten.scaled_dot_product_attention        taken as it is
+    matmul - softmax - matmul                walked from the softmax (match_decomposed)
+    flex_attention, checkpointed bodies      listed; they stay dense
+
+Read-only. A site that cannot be rewritten is still returned, with the obstacle.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch._ops import HigherOrderOperator
+from torch.fx import GraphModule, Node
+
+from seer_compile.passes.attention_axes import Arrangement, arrange
+from seer_compile.passes.constant_scalars import ConstantScalars
+from seer_compile.passes.fx_utils import packet_of, tensor_shape
+from seer_compile.passes.match_decomposed import SOFTMAXES, match_decomposed
+from seer_compile.passes.match_fused import match_flex, match_fused
+from seer_compile.passes.matches import Match
+from seer_compile.passes.mutation import Mutations
+from seer_compile.passes.site_names import SiteCounter, SiteNames
+from seer_compile.types import AttentionSite, Operand, SkipCode
+
+aten = torch.ops.aten
+
+
+def find_sites(graph_module: GraphModule, names: SiteNames) -> tuple[AttentionSite, ...]:
+    """Return the attention sites of a normalised (or exported) graph, in graph order.
+
+    Args:
+        graph_module: ATen pre-dispatch calls with traced values; not changed.
+        names: Resolves module stacks to the user's module names.
+
+    Returns:
+        All sites, those with obstacles included; sites of sub-graphs carry ``graph_path``. Every
+        obstacle forbids a rewrite.
+
+    Cost:
+        About 1 ms per softmax or fused call. Symbolic head counts and scales are made constant,
+        which guards the graph on them.
+    """
+    return tuple(_sites(graph_module, names.counter(), ""))
+
+
+def _sites(graph_module: GraphModule, counter: SiteCounter, path: str) -> Iterator[AttentionSite]:
+    mutations = Mutations(graph_module.graph)
+    number = ConstantScalars(graph_module, mutations)
+    for node in graph_module.graph.nodes:
+        match = None
+        if packet_of(node) is aten.scaled_dot_product_attention:
+            match = match_fused(node, number)
+        elif packet_of(node) in SOFTMAXES:
+            match = match_decomposed(node, number, mutations)
+        elif isinstance(node.target, HigherOrderOperator):
+            if "flex_attention" in str(node.target):
+                match = match_flex(node)
+            yield from _sites_of_bodies(graph_module, node, counter, path)
+        if match is not None:
+            name = counter.next_name([match.reader, match.softmax, match.output])
+            yield _as_site(match, name, mutations, path)
+
+
+def _sites_of_bodies(
+    graph_module: GraphModule, node: Node, counter: SiteCounter, path: str
+) -> Iterator[AttentionSite]:
+    """Visit the sub-graphs that a higher-order call runs, such as checkpointed layers."""
+    for source in node.all_input_nodes:
+        body = getattr(graph_module, str(source.target), None) if source.op == "get_attr" else None
+        if isinstance(body, GraphModule):
+            yield from _sites(body, counter, f"{path}.{source.target}".strip("."))
+
+
+def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> AttentionSite:
+    arrangement = arrange(match.products, match.book) if match.products is not None else None
+    if match.dropout:
+        match.refuse(SkipCode.DROPOUT, f"p={match.dropout:g}")
+    if path:
+        match.refuse(SkipCode.SUBGRAPH)
+    if arrangement is None:
+        if not match.obstacles:
+            match.refuse(SkipCode.RANK)
+        return _unarranged_site(match, name, path)
+    for operand in (arrangement.query, arrangement.key, arrangement.value):
+        writer = mutations.writer_between(operand.node, operand.node, match.output)
+        if writer is not None:
+            match.refuse(SkipCode.MUTATION, f"`{writer.name}` changes `{operand.node.name}`")
+    book, products = match.book, match.products
+    assert products is not None
+    head_dim = int(book.size(book.resolve(products.head_dim)))
+    letters = _canonical_letters(match, arrangement)
+    return AttentionSite(
+        name=name,
+        kind=match.kind,
+        query=arrangement.query,
+        key=arrangement.key,
+        value=arrangement.value,
+        output=match.output,
+        output_steps=arrangement.output_steps,
+        heads=int(book.size(arrangement.heads)),
+        kv_heads=int(book.size(arrangement.kv_heads)),
+        head_dim=head_dim,
+        value_dim=int(book.size(book.resolve(products.value_dim))),
+        scale=1 / math.sqrt(head_dim) if match.scale is None else match.scale,
+        mask_terms=tuple(
+            term._replace(axes=tuple(_renamed(book.resolve(axis), letters) for axis in term.axes))
+            for term in match.mask_terms
+        ),
+        axis_sizes={new: book.size(old) for old, new in letters},
+        is_causal=match.is_causal,
+        softcap=match.softcap,
+        dropout=match.dropout,
+        obstacles=tuple(match.obstacles),
+        source=_source_line(match.output),
+        reader=match.reader,
+        graph_path=path,
+    )
+
+
+def _canonical_letters(
+    match: Match, arrangement: Arrangement
+) -> list[tuple[tuple[str, ...], str]]:
+    """Return the letters of types.py for the match's own: ``b h q k``, ``h0 h1`` for parts."""
+    assert match.products is not None
+    groups = {
+        "b": arrangement.batch,
+        "h": arrangement.heads,
+        "q": match.book.resolve(match.products.query_tokens),
+        "k": match.book.resolve(match.products.key_tokens),
+    }
+    whole = [(letters, name) for name, letters in groups.items()]
+    parts = [
+        ((letter,), f"{name}{place}")
+        for name, letters in groups.items()
+        for place, letter in enumerate(letters)
+        if len(letters) > 1
+    ]
+    return whole + parts
+
+
+def _renamed(
+    letters: tuple[str, ...], names: list[tuple[tuple[str, ...], str]]
+) -> tuple[str, ...]:
+    renamed: list[str] = []
+    while letters:
+        old, new = next((o, n) for o, n in names if o and letters[: len(o)] == o)
+        renamed.append(new)
+        letters = letters[len(old) :]
+    return tuple(renamed)
+
+
+def _unarranged_site(match: Match, name: str, path: str) -> AttentionSite:
+    """Return a row for a site whose axes are unknown; it has an obstacle."""
+    inputs = [node for node in match.reader.all_input_nodes if tensor_shape(node) is not None]
+    first, last = (inputs[0], inputs[-1]) if inputs else (match.softmax, match.softmax)
+    query, key, value = match.operands or (first, last, last)
+    query_shape, value_shape = tensor_shape(query) or (), tensor_shape(value) or ()
+    return AttentionSite(
+        name=name,
+        kind=match.kind,
+        query=Operand(node=query),
+        key=Operand(node=key),
+        value=Operand(node=value),
+        output=match.output,
+        heads=_static(query_shape, -3),
+        kv_heads=_static(tensor_shape(key) or (), -3),
+        head_dim=_static(query_shape, -1),
+        value_dim=_static(value_shape, -1),
+        scale=match.scale if match.scale is not None else 1.0,
+        is_causal=match.is_causal,
+        softcap=match.softcap,
+        dropout=match.dropout,
+        obstacles=tuple(match.obstacles),
+        source=_source_line(match.output),
+        reader=match.reader,
+        graph_path=path,
+    )
+
+
+def _static(shape: tuple[Any, ...], axis: int) -> int:
+    size = shape[axis] if len(shape) >= -axis else 0
+    return size if isinstance(size, int) else 0
+
+
+def _source_line(node: Node) -> str:
+    """Return the last user frame of the node's stack trace: file, line and code."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [place for place, line in enumerate(frames) if line.startswith("File ")]
+    return " | ".join(frames[places[-1] : places[-1] + 2]) if places else ""

@@ -1,0 +1,149 @@
+"""Give every sparse site its gate: pool, project, score, select.
+
+    query, key, value                 query -> pool -> project --.
+        |                     =>      key   -> pool -> project --> scores -> select -> indices,
+    attention                         attention                                        counts
+
+Legal because it only adds nodes, all of them pure, in front of the attention; the attention is
+not touched yet. Declines nothing: the plan did.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.fx import GraphModule, Node
+
+import seer_compile.kernels.ops  # noqa: F401  (registers the operators inserted below)
+from seer_compile.gate import AttnGate
+from seer_compile.passes.fx_utils import fake_value
+from seer_compile.passes.gate_source import GateSource
+from seer_compile.passes.materialise import materialise
+from seer_compile.passes.node_builder import NodeBuilder
+from seer_compile.types import PassResult, RewritePlan, SiteDecision, Visibility
+
+OPERANDS = "seer_operands"
+"""Metadata key, on the selection of a site, of its query, key and value in the site's layout."""
+ops = torch.ops.seer_compile
+
+
+def insert_gates(graph_module: GraphModule, plan: RewritePlan, gates: GateSource) -> PassResult:
+    """Insert the gate of each sparse site in front of it.
+
+    Args:
+        graph_module: Changed in place; receives the gates as submodules under ``seer_gates``.
+        plan: What to rewrite; its sites are nodes of this graph.
+        gates: Where gates come from.
+
+    Returns:
+        The names of the sites that received a gate.
+    """
+    for decision in plan.sparse:
+        _insert_gate(graph_module, decision, gates)
+    return PassResult(
+        graph_module=graph_module,
+        rewritten=tuple(decision.site.name for decision in plan.sparse),
+    )
+
+
+def _insert_gate(graph_module: GraphModule, decision: SiteDecision, gates: GateSource) -> None:
+    site = decision.site
+    builder = NodeBuilder(graph_module, site.output, site.name)
+    query, key = builder.replay(site.query), builder.replay(site.key)
+    value = builder.replay(site.value)
+    path, gate = gates.provide(site, fake_value(query).device)
+    builder.add_submodule(path, gate)
+    visibility = materialise(decision.proof, site, graph_module.graph)
+    readable = list(visibility.as_arguments().values())
+    scores = _insert_scores(builder, (query, key), gate, path, visibility, site.scale)
+    lengths = [_length(builder, tensor) for tensor in (query, key)]
+    budget = builder.call(
+        budget_at,
+        builder.attribute(f"{path}.budget", gate=path),
+        list(gate.budget_lengths),
+        lengths[1],
+        role="gate",
+        value=fake_value(scores).new_empty((gate.selection_heads,)),
+    )
+    config = gate.config
+    builder.call(
+        ops.select_blocks.v1,
+        *(scores, budget, config.selector.name, config.block_size.query, config.block_size.key),
+        *lengths,
+        *readable,
+        role="select",
+        gate=path,
+    ).meta[OPERANDS] = (query, key, value)
+
+
+def _insert_scores(
+    builder: NodeBuilder,
+    operands: tuple[Node, Node],
+    gate: AttnGate,
+    path: str,
+    visibility: Visibility,
+    scale: float,
+) -> Node:
+    config, (query, key) = gate.config, operands
+    pooled_query = builder.call(
+        ops.pool_blocks.v1, query, config.sub_block, ",".join(config.query_pools), None, role="gate"
+    )
+    pooled_key = builder.call(
+        ops.pool_blocks.v1,
+        *(key, config.sub_block, ",".join(config.key_pools), visibility.key_padding),
+        role="gate",
+    )
+    features = [
+        builder.call(
+            project, pooled, builder.attribute(f"{path}.{name}", gate=path), role="gate"
+        )
+        for pooled, name in ((pooled_query, "query_weight"), (pooled_key, "key_weight"))
+    ]
+    lengths = [_length(builder, tensor) for tensor in operands]
+    return builder.call(
+        ops.block_scores.v1,
+        *features,
+        *(scale, config.sub_block, config.block_size.query, config.block_size.key),
+        *lengths,
+        gate.groups,
+        *visibility.as_arguments().values(),
+        role="gate",
+    )
+
+
+def _length(builder: NodeBuilder, tensor: Node) -> Any:
+    return fake_value(tensor).shape[2]
+
+
+def project(pooled: Tensor, weight: Tensor) -> Tensor:
+    """Project pooled tokens per query head.
+
+    Args:
+        pooled: ``Float[b x t P]``, x query heads or key heads.
+        weight: ``Float32[h P e]``; x divides h.
+
+    Returns:
+        ``Float32[b h t e]``.
+    """
+    pooled = pooled.float().repeat_interleave(weight.shape[0] // pooled.shape[1], dim=1)
+    return torch.einsum("bhtp,hpe->bhte", pooled, weight)
+
+
+def budget_at(budget: Tensor, lengths: list[int], k_len: int) -> Tensor:
+    """Return ``Float32[s]``: a budget table at one key length.
+
+    Args:
+        budget: ``Float32[s L]``.
+        lengths: Key lengths of the columns, ascending, in tokens.
+        k_len: Key length, in tokens.
+    """
+    positions = [math.log2(length) for length in lengths]
+    place = min(max(math.log2(max(k_len, 1)), positions[0]), positions[-1])
+    right = next(i for i, position in enumerate(positions) if position >= place)
+    left = max(right - 1, 0)
+    width = positions[right] - positions[left]
+    share = (place - positions[left]) / width if width else 0.0
+    return torch.lerp(budget[:, left], budget[:, right], share)

@@ -1,0 +1,40 @@
+"""What a matcher hands over: one attention, as far as it was understood."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from torch.fx import Node
+
+from seer_compile.passes.attention_axes import Products
+from seer_compile.passes.axes import AxisBook
+from seer_compile.types import MaskTerm, SkipCode, SkipReason
+
+
+@dataclass(slots=True)
+class Match:
+    """An attention found in the graph, with the letters of ``book`` as axes."""
+
+    kind: Literal["sdpa", "decomposed", "flex"]
+    reader: Node
+    """The node that reads query and key."""
+    softmax: Node
+    """The node that normalises; the fused call itself where there is one."""
+    output: Node
+    book: AxisBook
+    products: Products | None = None
+    """None where the axes are unknown; an obstacle says why."""
+    operands: tuple[Node, Node, Node] | None = None
+    """Query, key and value as the graph has them."""
+    scale: float | None = 1.0
+    """None for one over the square root of the head dim."""
+    softcap: float | None = None
+    dropout: float = 0.0
+    is_causal: bool = False
+    mask_terms: list[MaskTerm] = field(default_factory=list[MaskTerm])
+    obstacles: list[SkipReason] = field(default_factory=list[SkipReason])
+
+    def refuse(self, code: SkipCode, detail: str = "") -> None:
+        """Add a reason why the site stays dense."""
+        self.obstacles.append(SkipReason(code, detail))

@@ -1,0 +1,66 @@
+"""Sweep out what a rewrite left without readers: the former attention regions and masks.
+
+FX's own dead-code elimination keeps two kinds of calls that would keep a whole region alive:
+random calls (an attention dropout, which draws nothing in evaluation) and metadata assertions
+that ``torch.export`` adds about intermediate tensors. Here a call stays when the output depends
+on it, when it writes to one of its arguments, or when it has another side effect; an assertion
+about a tensor that nothing else needs goes with the tensor.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch._ops import HigherOrderOperator, OpOverload
+from torch.fx import GraphModule, Node
+
+from seer_compile.passes.fx_utils import bound_arguments, packet_of
+from seer_compile.types import PassResult
+
+aten = torch.ops.aten
+_ASSERTIONS = (aten._assert_tensor_metadata,)
+_DROPOUTS = (aten.dropout, aten.native_dropout, aten.feature_dropout)
+
+
+def remove_dead(graph_module: GraphModule) -> PassResult:
+    """Erase every call on which neither an output nor a side effect depends.
+
+    Args:
+        graph_module: Changed in place.
+
+    Returns:
+        The names of the nodes erased.
+    """
+    nodes = list(graph_module.graph.nodes)
+    live = _with_inputs({node for node in nodes if _is_root(node)})
+    assertions = [node for node in nodes if packet_of(node) in _ASSERTIONS]
+    live |= {node for node in assertions if all(arg in live for arg in node.all_input_nodes)}
+    dead = [node for node in reversed(nodes) if node not in live]
+    for node in dead:
+        graph_module.graph.erase_node(node)
+    return PassResult(graph_module=graph_module, rewritten=tuple(node.name for node in dead))
+
+
+def _is_root(node: Node) -> bool:
+    if node.op in ("placeholder", "output"):
+        return True
+    if packet_of(node) in (*_ASSERTIONS, *_DROPOUTS):
+        return packet_of(node) in _DROPOUTS and _draws(node)
+    # What a higher-order operator does is not known here, so it stays.
+    return node.is_impure() or isinstance(node.target, HigherOrderOperator)
+
+
+def _draws(node: Node) -> bool:
+    if not isinstance(node.target, OpOverload):
+        return True
+    arguments = bound_arguments(node)
+    return bool(arguments.get("train", True)) and arguments.get("p") != 0
+
+
+def _with_inputs(roots: set[Node]) -> set[Node]:
+    live, pending = set(roots), list(roots)
+    while pending:
+        for node in pending.pop().all_input_nodes:
+            if node not in live:
+                live.add(node)
+                pending.append(node)
+    return live
