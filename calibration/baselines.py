@@ -84,20 +84,21 @@ def vertical_slash(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
     vertical = _sum_units(shares.sum(-2), block_size.key)
 
     query_place, key_place = _places(inputs, block_size)
-    rows, columns = len(query_place), len(key_place)
+    # Lines of blocks from far left to far right of a query; both ends are clamped to.
+    middle = len(query_place) + len(key_place)
     shift = _band_shift(inputs.visibility, inputs.query.device)
     positions = torch.arange(k_len, device=inputs.query.device)
-    slashes = shares.new_zeros(*shares.shape[:2], rows + columns + 1)
+    slashes = shares.new_zeros(*shares.shape[:2], 2 * middle + 1)
     for row, query in enumerate(last):
         # A line of tokens at one distance crosses two lines of blocks, in these shares.
         distance = (positions - query - shift) / block_size.key
         low = distance.floor()
         part = distance - low
-        place = (low.long() + rows).clamp(0, rows + columns - 1)
+        place = (low.long() + middle).clamp(0, 2 * middle - 1)
         slashes.index_add_(-1, place, shares[:, :, row] * (1 - part))
         slashes.index_add_(-1, place + 1, shares[:, :, row] * part)
-    lines = ((key_place - query_place[:, None]) / block_size.key).round().long() + rows
-    scores = vertical[:, :, None] + slashes[:, :, lines.clamp(0, rows + columns)]
+    lines = ((key_place - query_place[:, None]) / block_size.key).round().long() + middle
+    scores = vertical[:, :, None] + slashes[:, :, lines.clamp(0, 2 * middle)]
     return scores * _visible_blocks(inputs, block_size)
 
 

@@ -23,6 +23,7 @@ from seer_compile.errors import CalibrationDataError
 from seer_compile.gate import AttnGate
 from seer_compile.gate_scores import visible_units
 from seer_compile.gate_store import GateStore
+from seer_compile.kernels.geometry import units_with_key
 from seer_compile.types import BlockSelection, SiteInputs, Visibility
 
 MASS_GRID: tuple[float, ...] = (
@@ -153,7 +154,7 @@ class CurveRecorder:
         # [b s m n]: what the heads of one selection carry together, and what the neediest needs.
         shared = mass.unflatten(1, (gate.selection_heads, gate.groups))
         captured_by, needed = shared.mean(2), shared.amax(2)
-        visible = block_visibility(gate, inputs)
+        visible, distance = block_visibility(gate, inputs), _distance_to_diagonal(gate, inputs)
         sums = self._sums.setdefault(inputs.name, {}).setdefault(
             _bucket(k_len), _Sums(len(self.grid), gate.selection_heads)
         )
@@ -167,7 +168,7 @@ class CurveRecorder:
                 sums.add_error(place, _sparse_answer(gate, inputs, selection), answer)
             best = gate.select_from(needed, inputs, budget)
             sums.add("oracle", place, best, captured_by)
-        sums.add_control(captured_by, visible, _distance_to_diagonal(gate, inputs))
+        sums.add_control(captured_by, visible, _sink(visible, inputs, size.key), distance)
         self._keep_map(inputs.name, k_len, scores, needed)
 
     def _keep_map(self, name: str, k_len: int, scores: Tensor, needed: Tensor) -> None:
@@ -239,13 +240,11 @@ class _Sums:
         self.wrong[place] += float((sparse.double() - dense.double()).square().sum())
         self.norm[place] += float(dense.double().square().sum())
 
-    def add_control(self, mass: Tensor, visible: Tensor, distance: Tensor) -> None:
-        sink = visible.int().cumsum(-1).eq(1) & visible
-        blocks, heads = mass.shape[-1], mass.shape[0] * mass.shape[1]
-        for window in control_windows(blocks):
+    def add_control(self, mass: Tensor, visible: Tensor, sink: Tensor, distance: Tensor) -> None:
+        for window in control_windows(mass.shape[-1]):
             chosen = visible & ((distance < window) | sink)
             kept, captured = self.control.get(window, (0.0, 0.0))
-            kept += float(chosen.sum()) * heads
+            kept += float(chosen.expand_as(mass).sum())
             captured += float(torch.where(chosen, mass, 0.0).sum(dtype=torch.float64))
             self.control[window] = (kept, captured)
 
@@ -279,6 +278,15 @@ def block_visibility(gate: AttnGate, inputs: SiteInputs) -> Tensor:
         device=inputs.query.device,
         band_only=True,
     )[0, 0]
+
+
+def _sink(visible: Tensor, inputs: SiteInputs, key_unit: int) -> Tensor:
+    """Return ``Bool[b or 1, 1, m, n]``: the first visible block of a row with a real key."""
+    padding = inputs.visibility.key_padding
+    readable = visible[None, None]
+    if padding is not None:
+        readable = readable & units_with_key(padding, key_unit)[:, None, None]
+    return readable & readable.cumsum(-1).eq(1)
 
 
 def control_windows(blocks: int) -> list[int]:

@@ -96,7 +96,8 @@ class GateTrainer:
         if not (math.isfinite(loss_value) and math.isfinite(norm_value)):
             raise self._non_finite(inputs, loss_value, norm_value, target)
         if norm_value > config.clip_norm:
-            torch._foreach_mul_(gradients, config.clip_norm / norm_value)
+            for gradient in gradients:
+                gradient.mul_(config.clip_norm / norm_value)
         optimizer.param_groups[0]["lr"] = learning_rate(self.step, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

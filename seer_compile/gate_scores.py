@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from seer_compile.kernels.geometry import document_range, units_with_key
 from seer_compile.types import Visibility
 
 # Finite, because the gradient of log-sum-exp over a row of -inf is NaN.
@@ -79,11 +80,12 @@ def visible_units(
     if band_only:
         return visible
     if visibility.key_padding is not None:
-        readable = _pooled(visibility.key_padding.to(device).float(), units[1], rows=None) > 0
-        visible = visible & readable[:, None, None]
+        visible = visible & units_with_key(visibility.key_padding, units[1])[:, None, None]
     if visibility.query_documents is not None and visibility.key_documents is not None:
-        query_low, query_high = _document_range(visibility.query_documents, units[0], rows)
-        key_low, key_high = _document_range(visibility.key_documents, units[1], None)
+        query_low, query_high = document_range(visibility.query_documents, units[0])
+        if rows is not None:
+            query_low, query_high = query_low[:, rows], query_high[:, rows]
+        key_low, key_high = document_range(visibility.key_documents, units[1])
         overlap = query_low[..., None] <= key_high[:, None]
         overlap = overlap & (key_low[:, None] <= query_high[..., None])
         visible = visible & overlap[:, None]
@@ -96,14 +98,3 @@ def _unit_edges(
     if rows is None:
         rows = torch.arange(-(-length // unit), device=device)
     return rows * unit, (rows * unit + unit - 1).clamp(max=length - 1)
-
-
-def _pooled(tokens: Tensor, unit: int, rows: Tensor | None) -> Tensor:
-    pooled = nn.functional.max_pool1d(tokens[:, None], unit, ceil_mode=True)[:, 0]
-    return pooled if rows is None else pooled[:, rows]
-
-
-def _document_range(documents: Tensor, unit: int, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    # float64 holds every id that a token count can reach.
-    values = documents.double()
-    return -_pooled(-values, unit, rows), _pooled(values, unit, rows)
