@@ -97,9 +97,7 @@ def _insert_scores(
         role="gate",
     )
     features = [
-        builder.call(
-            project, pooled, builder.attribute(f"{path}.{name}", gate=path), role="gate"
-        )
+        builder.call(project, pooled, builder.attribute(f"{path}.{name}", gate=path), role="gate")
         for pooled, name in ((pooled_query, "query_weight"), (pooled_key, "key_weight"))
     ]
     lengths = [_length(builder, tensor) for tensor in operands]

@@ -1,9 +1,9 @@
 """The order of the passes, and the only place that lints, recompiles, times, dumps and logs.
 
-    all       normalise, find_sites, prove_masks, plan
-    SPARSE    ... insert_gates, replace_attention, lower, remove_dead, verify
-    HANDLER   ... handle_sites, remove_dead, verify
-    DISCOVER  ... nothing more
+all       normalise, find_sites, prove_masks, plan
+SPARSE    ... insert_gates, replace_attention, lower, remove_dead, verify
+HANDLER   ... handle_sites, remove_dead, verify
+DISCOVER  ... nothing more
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import sympy
 import torch
 from torch import SymInt, Tensor
 from torch.fx import Graph, Node, Proxy
+from torch.fx.node import map_arg
 from torch.utils._sympy.interp import sympy_interp
 from torch.utils._sympy.reference import PythonReferenceAnalysis
 
@@ -73,7 +74,7 @@ def _set_values(last: Node, before: Node) -> None:
     node = last.next
     while node is not before:
         if "val" not in node.meta:
-            arguments = torch.fx.node.map_arg(node.args, lambda item: item.meta["val"])
+            arguments = map_arg(node.args, lambda item: item.meta["val"])
             node.meta["val"] = node.target(*arguments)  # pyright: ignore[reportCallIssue]
         node = node.next
 

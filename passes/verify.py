@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.fx import GraphModule
+from torch.utils._pytree import tree_leaves
 
 from seer_compile.errors import PassError
 from seer_compile.gate import AttnGate
@@ -37,7 +38,7 @@ class CallingConvention(NamedTuple):
 def calling_convention(graph_module: GraphModule) -> CallingConvention:
     """Return the names of the placeholders and the traced types of the outputs."""
     nodes = list(graph_module.graph.nodes)
-    flat_outputs = torch.utils._pytree.tree_leaves(nodes[-1].args)
+    flat_outputs = tree_leaves(nodes[-1].args)
     return CallingConvention(
         placeholders=tuple(str(node.target) for node in nodes if node.op == "placeholder"),
         outputs=tuple(_describe(fake_value(value)) for value in flat_outputs),

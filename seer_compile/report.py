@@ -1,0 +1,86 @@
+"""``seer_report``: what became of each attention site of an optimized model, and what ran."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+from seer_compile.kernels import counters
+from seer_compile.session import Session
+from seer_compile.table import render_table
+from seer_compile.types import SiteSummary
+
+
+@dataclass(frozen=True, kw_only=True)
+class SiteRow:
+    """One attention site in one situation (prefill, decode)."""
+
+    site: SiteSummary
+    graphs: int
+    """Captured graphs in which the site looked like this."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SeerReport:
+    """What was compiled for one model, and how its calls were answered."""
+
+    model: str
+    is_calibrated: bool
+    graphs: int
+    """Graphs captured, recompiles included."""
+    rows: tuple[SiteRow, ...]
+    calls: dict[str, dict[str, int]]
+    """Per site: how many calls took which path, ``sparse`` or ``dense:<why>``. Models with equal
+    site names in one process share these counts."""
+    errors: tuple[str, ...]
+    """Why graphs were compiled as they came."""
+    pass_seconds: dict[str, float]
+    """Total time per pass."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data for JSON."""
+        return dataclasses.asdict(self)
+
+    def __str__(self) -> str:
+        """Return a table of the sites and their calls."""
+        state = "calibrated" if self.is_calibrated else "not calibrated"
+        title = f"{self.model}: {self.graphs} graphs, gates {state}"
+        header = ("site", "query", "key", "visible", "decision", "reason", "graphs", "calls")
+        cells = [
+            (*site_cells(row.site), str(row.graphs), self._calls(row.site)) for row in self.rows
+        ]
+        lines = [title, render_table(header, cells)]
+        lines += [f"compiled as it came: {error}" for error in self.errors]
+        return "\n".join(lines)
+
+    def _calls(self, site: SiteSummary) -> str:
+        paths = self.calls.get(site.name, {}) if site.decision == "sparse" else {}
+        return ", ".join(f"{number} {path}" for path, number in sorted(paths.items()))
+
+
+def site_cells(site: SiteSummary) -> tuple[str, ...]:
+    """Return the cells that every table of sites begins with."""
+    shapes = (" x ".join(map(str, shape)) for shape in (site.query_shape, site.key_shape))
+    return (site.name, *shapes, site.visibility, site.decision, site.reason)
+
+
+def build_report(session: Session) -> SeerReport:
+    """Return the report of one model at this moment."""
+    rows: dict[SiteSummary, int] = {}
+    seconds: dict[str, float] = {}
+    for record in session.log.records:
+        for site in record.sites:
+            rows[site] = rows.get(site, 0) + 1
+        for name, time in record.seconds.items():
+            seconds[name] = seconds.get(name, 0.0) + time
+    names = {site.name for site in rows}
+    return SeerReport(
+        model=type(session.model).__name__,
+        is_calibrated=session.store.is_calibrated,
+        graphs=len(session.log.records),
+        rows=tuple(SiteRow(site=site, graphs=number) for site, number in rows.items()),
+        calls={name: dict(paths) for name, paths in counters.snapshot().items() if name in names},
+        errors=tuple(record.error for record in session.log.records if record.error),
+        pass_seconds=seconds,
+    )

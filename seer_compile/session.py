@@ -1,0 +1,285 @@
+"""What :func:`seer_compile.optimize` attaches to a model, and how it comes off again.
+
+Attached are: the store of the gates as submodule ``seer_gates``, this session, ``seer_report``,
+a compiled call, and a hook that leaves the gates out of the model's state dict. A copy or an
+unpickled model carries a session of its own, bound to it, with a store of its own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from seer_compile.backend import BackendOptions, SeerBackend
+from seer_compile.config import GateConfig
+from seer_compile.errors import ModelStateError
+from seer_compile.gate_store import GateStore
+from seer_compile.graph_log import GraphLog
+from seer_compile.site_runner import SiteRunner, compiled_entry
+from seer_compile.types import SiteHandler
+
+STORE_NAME = "seer_gates"
+_SESSION = "_seer_session"
+_REPORT = "seer_report"
+_COMPILED = "_compiled_call_impl"
+_RUNNER = "_seer_runner"
+_DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
+
+
+class Session:
+    """The state of one optimized model.
+
+    Args:
+        model: The model, held weakly.
+        store: Its gates.
+        options: How its graphs are rewritten and compiled.
+    """
+
+    def __init__(self, model: nn.Module, store: GateStore, options: BackendOptions) -> None:
+        self.store = store
+        self.options = options
+        self.calibration: dict[str, Any] = {}
+        """Summary of the calibration whose gates are in the store."""
+        self.previous_call: Callable[..., Any] | None = model.__dict__.get(_COMPILED)
+        self._bind(model)
+
+    def _bind(self, model: nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self.log = GraphLog()
+        self._runner: SiteRunner | None = None
+        self.renew()
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that this session is attached to."""
+        model = self._model()
+        if model is None:
+            raise ModelStateError("the optimized model no longer exists")
+        return model
+
+    def renew(self) -> None:
+        """Compile the model's call anew: the next call captures graphs afresh."""
+        model = self.model
+        backend = SeerBackend(self.store, root=model, options=self.options, log=self.log)
+        model.__dict__[_COMPILED] = functools.partial(compiled_entry(model, backend), model)
+
+    def runner(self) -> SiteRunner:
+        """Return what runs the model with handlers; its graphs are kept."""
+        if self._runner is None:
+            self._runner = SiteRunner(self.model, "handler")
+        return self._runner
+
+    @contextlib.contextmanager
+    def gates_may_change(self) -> Iterator[None]:
+        """Renew the compiled call afterwards if graphs hold gates that no longer count."""
+        before = self._signature()
+        try:
+            yield
+        finally:
+            self.store.requires_grad_(False)
+            if self._signature() != before and self.log.records:
+                self.renew()
+
+    def _signature(self) -> dict[str, tuple[int, str]]:
+        return {name: (id(gate), repr(gate.constants())) for name, gate in self.store.items()}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Keep what a copy needs; compiled code, logs and runners are made anew."""
+        return {
+            "model": self.model,
+            "store": self.store,
+            "options": self.options,
+            "calibration": self.calibration,
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.store, self.options = state["store"], state["options"]
+        self.calibration = dict(state["calibration"])
+        self.previous_call = None
+        self._bind(state["model"])
+
+
+class ReportCall:
+    """``model.seer_report()``: the report of the model that it is attached to."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+
+    def __call__(self) -> Any:
+        """Return a :class:`seer_compile.report.SeerReport`."""
+        from seer_compile.report import build_report
+
+        return build_report(self.session)
+
+
+class GateTensorNames:
+    """Names that ``DistributedDataParallel`` leaves alone: the gates', and the model's own list.
+
+    Gates get no gradient from the model's loss, and their mode stays on the CPU, where some
+    collectives cannot reach it.
+    """
+
+    def __init__(self, store: GateStore, others: Sequence[str] | None) -> None:
+        self.store, self.others = store, others
+
+    def __iter__(self) -> Iterator[str]:
+        """Iterate over the names that exist now."""
+        yield from self.others or ()
+        for name in self.store.state_dict(keep_vars=True):
+            yield f"{STORE_NAME}.{name}"
+
+
+def attach(model: nn.Module, config: GateConfig | None, options: BackendOptions) -> Session:
+    """Attach a store and a session to a model and compile its call.
+
+    Raises:
+        ModelStateError: The model is optimized already, or uses one of the names.
+    """
+    if find_session(model) is not None:
+        raise ModelStateError(
+            "the model is optimized already",
+            hint="Call seer_compile.restore(model) first to change the configuration.",
+        )
+    taken = [name for name in (STORE_NAME, _SESSION, _REPORT) if hasattr(model, name)]
+    if taken:
+        raise ModelStateError(f"{type(model).__name__} has attributes of its own named {taken}")
+    store = GateStore(config)
+    store.to(device_of(model))
+    session = Session(model, store, options)
+    model.add_module(STORE_NAME, store)
+    model.__dict__[_SESSION] = session
+    model.__dict__[_REPORT] = ReportCall(session)
+    model._register_state_dict_hook(leave_gates_out)
+    ignored = model.__dict__.get(_DDP_IGNORED)
+    model.__dict__[_DDP_IGNORED] = GateTensorNames(store, ignored)
+    return session
+
+
+def detach(model: nn.Module) -> None:
+    """Take off everything that :func:`attach` put on; the model is as it was."""
+    session = require_session(model)
+    del model._modules[STORE_NAME]
+    for name in (_SESSION, _REPORT, _COMPILED):
+        model.__dict__.pop(name, None)
+    if session.previous_call is not None:
+        model.__dict__[_COMPILED] = session.previous_call
+    ignored = model.__dict__.pop(_DDP_IGNORED, None)
+    if isinstance(ignored, GateTensorNames) and ignored.others is not None:
+        model.__dict__[_DDP_IGNORED] = ignored.others
+    hooks = model._state_dict_hooks
+    for key in [key for key, hook in hooks.items() if hook is leave_gates_out]:
+        del hooks[key]
+
+
+def find_session(model: nn.Module) -> Session | None:
+    """Return the session of a model, or None where it is not optimized."""
+    session = model.__dict__.get(_SESSION)
+    return session if isinstance(session, Session) else None
+
+
+def require_session(model: Any) -> Session:
+    """Return the session of a model, looking through compile and data-parallel wrappers.
+
+    Raises:
+        ModelStateError: The model is not optimized.
+    """
+    candidates = [model, *(model.modules() if isinstance(model, nn.Module) else ())]
+    for candidate in candidates:
+        session = find_session(candidate) if isinstance(candidate, nn.Module) else None
+        if session is not None:
+            return session
+    raise ModelStateError(
+        f"{type(model).__name__} is not optimized",
+        hint="Call seer_compile.optimize(model) first.",
+    )
+
+
+@contextlib.contextmanager
+def unplugged(model: nn.Module) -> Iterator[None]:
+    """Take the gates and the compiled call off an optimized model for a while, in place."""
+    session = find_session(model)
+    if session is None:
+        yield
+        return
+    modules, compiled = dict(model._modules), model.__dict__.pop(_COMPILED, None)
+    del model._modules[STORE_NAME]
+    try:
+        yield
+    finally:
+        model._modules.clear()
+        model._modules.update(modules)
+        model.__dict__[_COMPILED] = compiled
+
+
+def run_with_handler(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], handler: SiteHandler
+) -> Any:
+    """Run a forward of the original model with every provable site answered by a handler.
+
+    Args:
+        model: An optimized model or any other; its training mode stays.
+        args: Positional arguments.
+        kwargs: Keyword arguments.
+        handler: Called once per site in every forward, with tensors; returns the site's output.
+
+    Returns:
+        What the model returns. No gradients are recorded outside of the handler.
+
+    Raises:
+        PassError: A pass failed.
+
+    Cost:
+        The first call of a kind captures a graph (about 0.1 s per layer); later calls, of any
+        length, run it.
+    """
+    return runner_of(model).run(model, args, kwargs, handler)
+
+
+_RUNNERS: weakref.WeakKeyDictionary[nn.Module, SiteRunner] = weakref.WeakKeyDictionary()
+
+
+def runner_of(model: nn.Module) -> SiteRunner:
+    """Return the runner of a model; one is kept per model for as long as the model lives."""
+    session = find_session(model)
+    if session is not None:
+        return session.runner()
+    if model not in _RUNNERS:
+        _RUNNERS[model] = SiteRunner(model, "handler")
+    return _RUNNERS[model]
+
+
+def leave_gates_out(
+    module: nn.Module, state_dict: dict[str, Any], prefix: str, local_metadata: Any
+) -> None:
+    """State-dict hook: the base model is written as it was; gates have a file of their own."""
+    del module, local_metadata
+    gates = f"{prefix}{STORE_NAME}."
+    for key in [key for key in state_dict if key.startswith(gates)]:
+        del state_dict[key]
+    metadata = getattr(state_dict, "_metadata", {})
+    for key in [key for key in metadata if f"{key}.".startswith(gates)]:
+        del metadata[key]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of the first parameter or buffer; the CPU where there is none."""
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Put every module into evaluation mode, and each back as it was."""
+    flags = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in flags:
+            module.training = training

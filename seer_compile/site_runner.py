@@ -1,0 +1,131 @@
+"""Forwards of a model with its attention sites looked at or answered by Python.
+
+The model's plain forward is captured by Dynamo, rewritten, and run node by node: nothing of it is
+compiled further. Graphs are kept per model and serve all lengths.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import types
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch._dynamo.exc import BackendCompilerFailed
+from torch.fx import GraphModule
+
+from seer_compile.errors import ModelStateError, SeerError
+from seer_compile.graph_log import GraphRecord
+from seer_compile.types import SiteHandler
+
+_numbers = itertools.count()
+
+
+def isolated_entry(model: nn.Module) -> Callable[..., Any]:
+    """Return a function that calls the module it is given, with compiled graphs of its own.
+
+    Dynamo keeps graphs, and counts recompiles, per code object. ``nn.Module.compile`` goes through
+    one that all modules share, where they use up each other's limit; this one belongs to one model
+    and its graphs are freed with it.
+    """
+
+    def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+        return module._call_impl(*args, **kwargs)
+
+    name = f"seer_{type(model).__name__}_{next(_numbers)}"
+    return types.FunctionType(call.__code__.replace(co_name=name), globals(), name)
+
+
+def compiled_entry(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+    """Return a compiled ``(module, *args, **kwargs)`` whose errors of ours arrive unwrapped."""
+    compiled = torch.compile(isolated_entry(model), backend=backend)
+
+    @functools.wraps(compiled)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return compiled(*args, **kwargs)
+        except BackendCompilerFailed as failure:
+            if isinstance(failure.inner_exception, SeerError):
+                raise failure.inner_exception from failure
+            raise
+
+    return call
+
+
+class SiteRunner:
+    """Runs one model with a handler answering its sites, or with none to list them.
+
+    Args:
+        model: The model; not held by the runner.
+        mode: ``handler`` or ``discover``: what the pipeline does to the graphs.
+    """
+
+    def __init__(self, model: nn.Module, mode: str) -> None:
+        self.mode = mode
+        self.records: list[GraphRecord] = []
+        self.results: list[Any] = []
+        """What the pipeline returned per graph; kept in mode ``discover`` only."""
+        self._root = weakref.ref(model)
+        self._current = threading.local()
+        self._entry = compiled_entry(model, self._compile)
+
+    def run(
+        self,
+        model: nn.Module,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        handler: SiteHandler | None = None,
+    ) -> Any:
+        """Return what the model returns; without gradients.
+
+        Raises:
+            PassError: A pass failed.
+            ModelStateError: The forward did not go through the rewritten graphs.
+        """
+        self._current.handler, self._current.answers = handler, 0
+        try:
+            with torch.no_grad():
+                result = self._entry(model, *args, **kwargs)
+            answers = self._current.answers
+        finally:
+            self._current.handler = None
+        expects_answers = any(
+            site.decision == "sparse" for record in self.records for site in record.sites
+        )
+        if self.mode == "handler" and expects_answers and not answers:
+            raise ModelStateError(
+                "no site was answered in this forward, though the model has some",
+                hint="Too many recompilations let PyTorch run the model uncompiled: see "
+                "torch._dynamo.config.recompile_limit, and call with fewer distinct forms.",
+            )
+        return result
+
+    def _compile(
+        self, graph_module: GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        from seer_compile.passes import pipeline
+        from seer_compile.passes.site_names import SiteNames
+
+        result = pipeline.run(
+            graph_module,
+            names=SiteNames(self._root()),
+            mode=pipeline.Mode(self.mode),
+            handler=self._answerer,
+            example_inputs=example_inputs,
+        )
+        self.records.append(GraphRecord(sites=result.summaries, seconds=result.timings))
+        if self.mode == "discover":
+            self.results.append(result)
+        return result.graph_module.forward
+
+    def _answerer(self) -> SiteHandler:
+        handler = getattr(self._current, "handler", None)
+        if handler is None:
+            raise ModelStateError("a graph with a site handler ran outside of its runner")
+        self._current.answers += 1
+        return handler
