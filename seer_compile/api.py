@@ -109,6 +109,7 @@ def calibrate(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
+    curve_data: Iterable[Any] = (),
     checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
 ) -> CalibrationReport:
@@ -125,6 +126,8 @@ def calibrate(
         mass: Target share of the attention mass to capture at every site, in (0, 1]; 0.95 when no
             target is given.
         max_error: Target relative L2 error of a site's output, in (0, 1].
+        curve_data: More held-out batches on which budgets are measured and nothing is trained, such
+            as sequences longer than those in ``data``.
         checkpoint_dir: Where to keep checkpoints; an interrupted call goes on from the last one.
         progress: Show a progress bar.
 
@@ -155,6 +158,7 @@ def calibrate(
             density=density,
             mass=mass,
             max_error=max_error,
+            curve_data=curve_data,
             model=storage.fingerprint(base),
             checkpoint_dir=checkpoint_dir,
             progress=progress,
