@@ -1,0 +1,301 @@
+"""The verbs of the command line, each from parsed arguments to what it writes."""
+
+from __future__ import annotations
+
+import dataclasses
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from seer_compile import api, console, explaining, exporting
+from seer_compile import demo as demo_module
+from seer_compile.budget_curve import check_fraction
+from seer_compile.config import CalibrationConfig, GateConfig
+from seer_compile.errors import SeerInputError
+from seer_compile.evaluate import EvaluationRow, Evaluator
+from seer_compile.evaluation_methods import Method, parse_method
+from seer_compile.gate_store import GateStore
+from seer_compile.model_loading import (
+    choose_device,
+    load_model,
+    load_tokenizer,
+    vocabulary_size,
+)
+from seer_compile.token_data import CalibrationWindows, planted_windows, read_token_file
+
+_FORWARD: dict[str, Any] = {"use_cache": False}
+
+
+def explain(args: Namespace) -> None:
+    """Print which attention sites of a model can be sparse."""
+    device = choose_device(args.device)
+    model = load_model(args.model, device=device, dtype=args.dtype)
+    explanation = explaining.explain(model, draw=args.draw, **_example(model, args.length, device))
+    console.write_out(str(explanation))
+    sites = [dataclasses.asdict(summary) for summary in explanation.sites]
+    content = {"model": args.model, "versions": console.versions(device), "sites": sites}
+    console.write_json(args.json, content)
+
+
+def calibrate(args: Namespace) -> None:
+    """Train gates, save them, and print the report."""
+    notify = console.Progress()
+    device = choose_device(args.device)
+    found = console.versions(device)
+    notify(console.versions_line(found))
+    model = load_model(args.model, device=device, dtype=args.dtype)
+    data = _calibration_data(args, args.tokens, model)
+    config = _training_config(args, args.gate_config)
+    notify(_calibration_plan(args, data))
+    model = api.optimize(model, config=_gate_config(args.gate_config))
+    report = api.calibrate(
+        model,
+        data,
+        config=config,
+        density=args.density,
+        mass=args.mass,
+        checkpoint_dir=args.checkpoint_dir,
+    )
+    api.save_gates(model, args.out)
+    if args.report:
+        report.save_html(args.report)
+    console.write_out(str(report))
+    notify(f"gates written to {args.out}")
+    console.write_json(
+        args.json, {"versions": found, "gates": str(args.out), "summary": report.summary()}
+    )
+
+
+def evaluate(args: Namespace) -> None:
+    """Measure methods side by side."""
+    notify = console.Progress()
+    methods = [parse_method(name) for name in dict.fromkeys(args.methods)]
+    for density in args.densities:
+        check_fraction("densities", density)
+    _check_gates_available(methods, args)
+    device = choose_device(args.device)
+    found = console.versions(device)
+    notify(console.versions_line(found))
+    model = load_model(args.model, device=device, dtype=args.dtype)
+    tokens = read_token_file(args.tokens, vocabulary=vocabulary_size(model))
+    tokenizer = load_tokenizer(args.model) if args.retrieval else None
+    windows = {
+        length: planted_windows(
+            tokens,
+            tokenizer,
+            length=length,
+            sequences=args.sequences,
+            keys=args.retrieval,
+            seed=args.seed,
+        )
+        for length in dict.fromkeys(args.lengths)
+    }
+    notify(_evaluation_plan(args, methods))
+    evaluator = Evaluator(model, windows, model_arguments=_FORWARD, notify=notify)
+    rows = run_methods(
+        evaluator,
+        methods,
+        args.densities,
+        prepare=lambda base: _prepare_gates(args, base, model, notify),
+    )
+    console.write_out(console.evaluation_text(rows))
+    console.write_json(
+        args.json,
+        {
+            "model": args.model,
+            "versions": found,
+            "dtype": str(next(model.parameters()).dtype),
+            "settings": {key: _plain(value) for key, value in vars(args).items()},
+            "seconds": notify.seconds,
+            "rows": [row.to_json() for row in rows],
+        },
+    )
+
+
+def export(args: Namespace) -> None:
+    """Write a program that answers sparsely in another process."""
+    notify = console.Progress()
+    device = choose_device(args.device)
+    model = load_model(args.model, device=device, dtype=args.dtype)
+    longest = args.max_length or getattr(model.config, "max_position_embeddings", None)
+    example = {**_example(model, args.length, device), **_FORWARD}
+    length = torch.export.Dim("tokens", min=2, max=longest)
+    shapes = {name: {1: length} if isinstance(example[name], Tensor) else None for name in example}
+    notify(f"exporting {args.model} for 2 to {longest or 'any number of'} tokens")
+    program = exporting.export(model, (), example, dynamic_shapes=shapes, gates=args.gates)
+    torch.export.save(program, args.out)
+    size = args.out.stat().st_size
+    console.write_out(f"wrote {args.out} ({size / 1e6:.1f} MB)")
+    content = {"program": str(args.out), "bytes": size, "versions": console.versions(device)}
+    console.write_json(args.json, content)
+
+
+def demo(args: Namespace) -> None:
+    """Run the whole story on the bundled model."""
+    demo_module.run(args)
+
+
+def run_methods(
+    evaluator: Evaluator,
+    methods: Sequence[Method],
+    densities: Sequence[float],
+    *,
+    prepare: Callable[[str], GateStore],
+) -> list[EvaluationRow]:
+    """Measure methods at every length and density, in an order that loads gates only once.
+
+    Args:
+        evaluator: Holds the model, not optimized yet, and the windows.
+        methods: What to measure. Dense is always measured; it is listed only when it is asked for.
+        densities: For every method but dense.
+        prepare: Called with ``gate`` or ``paper_gate``; makes the model ready to answer with these
+            gates and returns them.
+
+    Returns:
+        Rows by length, then density, then in the order of ``methods``.
+    """
+    lengths = list(evaluator.windows)
+    found: dict[tuple[int, float | None, str], EvaluationRow] = {}
+    for length in lengths:
+        found[length, None, "dense"] = evaluator.run(parse_method("dense"), length, None)
+    for base in ("baselines", "gate", "paper_gate"):
+        chosen = [m for m in methods if _group(m) == base]
+        store = prepare(base) if chosen and base != "baselines" else None
+        for length in lengths:
+            for density in densities:
+                for method in chosen:
+                    row = evaluator.run(method, length, density, store)
+                    found[length, density, method.name] = row
+    keys = [
+        (length, density, method.name)
+        for length in lengths
+        for density in (None, *densities)
+        for method in methods
+    ]
+    return [found[key] for key in keys if key in found]
+
+
+def _group(method: Method) -> str:
+    if method.base == "dense":
+        return "dense"
+    return method.base if method.uses_gates else "baselines"
+
+
+def _check_gates_available(methods: Sequence[Method], args: Namespace) -> None:
+    bases = {method.base for method in methods if method.uses_gates}
+    if bases and not (args.gates or args.calibrate):
+        raise SeerInputError(
+            argument="methods",
+            got=sorted(bases),
+            expected="gates for these methods",
+            hint="Give --gates G or --calibrate FILE.",
+        )
+    if "paper_gate" in bases and not args.calibrate:
+        raise SeerInputError(
+            argument="methods",
+            got="paper_gate",
+            expected="--calibrate FILE, since this method trains gates of its own",
+        )
+
+
+def _prepare_gates(
+    args: Namespace, base: str, model: nn.Module, notify: Callable[[str], None]
+) -> GateStore:
+    """Optimize the model in place with loaded or newly trained gates."""
+    if hasattr(model, "seer_gates"):
+        api.restore(model)
+    if args.gates:
+        notify(f"loading {args.gates}")
+        api.optimize(model, gates=args.gates)
+        return _store(model)
+    kind = "paper" if base == "paper_gate" else args.gate_config
+    data = _calibration_data(args, args.calibrate, model)
+    notify(f"{base}: {_calibration_plan(args, data)}")
+    api.optimize(model, config=_gate_config(kind))
+    # Budgets follow from curves; the lengths to be measured belong on them.
+    longer = [length for length in args.lengths if length not in args.calibration_lengths]
+    report = api.calibrate(
+        model,
+        data,
+        config=_training_config(args, kind),
+        density=args.densities[0],
+        curve_data=_windows(args, args.calibrate, model, longer, count=2) if longer else (),
+    )
+    notify(f"calibrated: {report.captured_mass:.3f} of the mass at density {report.density:.3f}")
+    return _store(model)
+
+
+def _store(model: nn.Module) -> GateStore:
+    store = model.get_submodule("seer_gates")
+    if not isinstance(store, GateStore):
+        raise SeerInputError(argument="model", got=type(store).__name__, expected="gates")
+    return store
+
+
+def _windows(
+    args: Namespace, path: Path, model: nn.Module, lengths: Sequence[int], count: int | None
+) -> CalibrationWindows:
+    tokens = read_token_file(path, vocabulary=vocabulary_size(model))
+    return CalibrationWindows(
+        tokens=tokens,
+        lengths=tuple(lengths),
+        seed=args.seed,
+        count=count,
+        model_arguments=tuple(_FORWARD.items()),
+    )
+
+
+def _calibration_data(args: Namespace, path: Path, model: nn.Module) -> CalibrationWindows:
+    return _windows(args, path, model, args.calibration_lengths, count=None)
+
+
+def _calibration_plan(args: Namespace, data: CalibrationWindows) -> str:
+    lengths = " and ".join(f"{length:,}" for length in data.lengths)
+    return f"calibrating {args.steps} steps of {lengths} tokens, {len(data)} windows to draw from"
+
+
+def _evaluation_plan(args: Namespace, methods: Sequence[Method]) -> str:
+    sparse = sum(method.base != "dense" for method in methods)
+    forwards = len(args.lengths) * args.sequences * (1 + sparse * len(args.densities))
+    lengths = ", ".join(f"{length:,}" for length in args.lengths)
+    return (
+        f"{forwards} forwards: {args.sequences} windows of {lengths} tokens, "
+        f"{args.retrieval} planted keys each"
+    )
+
+
+def _gate_config(kind: str) -> GateConfig:
+    return GateConfig.paper() if kind == "paper" else GateConfig()
+
+
+def _training_config(args: Namespace, kind: str) -> CalibrationConfig:
+    # The published gate learns the max-pooled map.
+    target = "max" if kind == "paper" else "mass"
+    return CalibrationConfig(steps=args.steps, seed=args.seed, target=target)
+
+
+def _example(model: nn.Module, length: int, device: torch.device) -> dict[str, Any]:
+    """Return inputs of a text or image model: zeros do, only shapes are read."""
+    name = getattr(model, "main_input_name", "input_ids")
+    if name == "input_ids":
+        return {"input_ids": torch.zeros(1, length, dtype=torch.int64, device=device)}
+    config = getattr(model, "config", None)
+    size = getattr(config, "image_size", None)
+    if name == "pixel_values" and isinstance(size, int):
+        channels = getattr(config, "num_channels", 3)
+        dtype = next(model.parameters()).dtype
+        return {name: torch.zeros(1, channels, size, size, dtype=dtype, device=device)}
+    raise SeerInputError(
+        argument="model",
+        got=f"inputs called {name!r}",
+        expected="a model of token ids or of images",
+        hint="Call seer_compile.explain(model, ...) with inputs of your own.",
+    )
+
+
+def _plain(value: Any) -> Any:
+    return str(value) if isinstance(value, Path) else value

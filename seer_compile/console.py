@@ -1,0 +1,123 @@
+"""What the command line writes: tables on stdout, progress on stderr, JSON files."""
+
+from __future__ import annotations
+
+import json
+import platform
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from seer_compile.errors import SeerInputError
+from seer_compile.evaluate import EvaluationRow
+from seer_compile.table import render_table
+
+_LIBRARIES = ("seer_compile", "torch", "triton", "transformers")
+
+
+class Progress:
+    """Lines on stderr, each with the seconds since the start."""
+
+    def __init__(self) -> None:
+        self._begun = time.perf_counter()
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the start."""
+        return time.perf_counter() - self._begun
+
+    def __call__(self, line: str) -> None:
+        """Write one line."""
+        sys.stderr.write(f"[{self.seconds:6.1f} s] {line}\n")
+        sys.stderr.flush()
+
+
+def write_out(text: str) -> None:
+    """Write a result to stdout."""
+    sys.stdout.write(text + "\n")
+    sys.stdout.flush()
+
+
+def versions(device: torch.device) -> dict[str, str]:
+    """Return what ran where: versions by library, and the device's name."""
+    found = {"python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    is_cuda = device.type == "cuda"
+    found["device"] = torch.cuda.get_device_name(device) if is_cuda else _cpu_name()
+    return found
+
+
+def versions_line(found: Mapping[str, str]) -> str:
+    """Return versions as one line."""
+    return ", ".join(f"{name} {version}" for name, version in found.items())
+
+
+def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
+    """Write a result to a file, if one was asked for.
+
+    Raises:
+        SeerInputError: The file cannot be written.
+    """
+    if path is None:
+        return
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as cause:
+        raise SeerInputError(
+            argument="json", got=str(path), expected="a path that can be written"
+        ) from cause
+
+
+EVALUATION_HEADER = (
+    "method",
+    "tokens",
+    "asked",
+    "density",
+    "perplexity",
+    "ratio",
+    "retrieval",
+    "attention ms",
+    "forward ms",
+    "dense graph ms",
+)
+
+
+def evaluation_cells(row: EvaluationRow) -> tuple[str, ...]:
+    """Return one row of an evaluation as text, in the order of ``EVALUATION_HEADER``."""
+    return (
+        row.method,
+        f"{row.length:,}",
+        "" if row.asked_density is None else f"{row.asked_density:g}",
+        f"{row.density:.3f}",
+        f"{row.perplexity:.3f}",
+        f"{row.ratio:.4f}",
+        "" if row.retrieval is None else f"{row.retrieval:.3f}",
+        f"{row.attention_ms:.2f}",
+        f"{row.end_to_end_ms:.1f}",
+        "" if row.dense_end_to_end_ms is None else f"{row.dense_end_to_end_ms:.1f}",
+    )
+
+
+def evaluation_text(rows: Sequence[EvaluationRow]) -> str:
+    """Return an evaluation as a table, with notes on what needs one."""
+    text = render_table(EVALUATION_HEADER, [evaluation_cells(row) for row in rows])
+    notes = [
+        f"{row.method} at {row.length:,} tokens, density {row.asked_density:g}: "
+        f"{count} calls answered densely ({path.removeprefix('dense:')})"
+        for row in rows
+        for path, count in row.dense_calls.items()
+    ]
+    return "\n".join([text, *notes])
+
+
+def _cpu_name() -> str:
+    return f"{platform.processor() or platform.machine()} CPU, {torch.get_num_threads()} threads"

@@ -1,0 +1,173 @@
+"""The whole story on a small real model and text that every machine has, on two CPU cores.
+
+Explain, calibrate on the standard library of the running Python, and measure on files of it that
+neither the model nor the gates have seen.
+"""
+
+from __future__ import annotations
+
+import html
+from argparse import Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from seer_compile import api, console, corpus, explaining
+from seer_compile.calibration.report import CalibrationReport
+from seer_compile.calibration.report_html import render_html
+from seer_compile.config import CalibrationConfig
+from seer_compile.errors import SeerInputError
+from seer_compile.evaluate import EvaluationRow, Evaluator
+from seer_compile.evaluation_methods import parse_method
+from seer_compile.gate_store import GateStore
+from seer_compile.model_loading import load_model, load_tokenizer
+from seer_compile.token_data import CalibrationWindows, planted_windows
+
+METHODS = ("dense", "gate", "oracle", "sink_local")
+KEYS = 16
+_HOLDOUT = 2
+_FORWARD: dict[str, Any] = {"use_cache": False}
+
+
+def bundled_model() -> Path:
+    """Return the folder of the bundled model.
+
+    Raises:
+        SeerInputError: The package was installed without the repository around it.
+    """
+    package = Path(__file__).resolve().parent
+    for root in (package.parent, Path.cwd()):
+        folder = root / "examples" / "small_lm"
+        if (folder / "model.safetensors").is_file():
+            return folder
+    raise SeerInputError(
+        argument="model",
+        got=None,
+        expected="the bundled model, in examples/small_lm of the repository",
+        hint="Run the demo from a checkout of the repository, or give --model FOLDER.",
+    )
+
+
+def run(args: Namespace) -> None:
+    """Explain, calibrate, measure, and write ``args.report``."""
+    notify = console.Progress()
+    device = torch.device("cpu")
+    folder = str(args.model or bundled_model())
+    found = console.versions(device)
+    notify(console.versions_line(found))
+    notify(f"about three minutes on two CPU cores; {folder}, {args.length:,} tokens a sequence")
+    model = load_model(folder, device=device)
+    tokenizer = load_tokenizer(folder)
+
+    example = torch.zeros(1, args.length, dtype=torch.int64)
+    console.write_out(str(explaining.explain(model, input_ids=example, **_FORWARD)))
+    calibration_tokens, held_out_tokens = _texts(args, tokenizer)
+    windows = {
+        args.length: planted_windows(
+            held_out_tokens,
+            tokenizer,
+            length=args.length,
+            sequences=args.sequences,
+            keys=KEYS,
+            seed=args.seed,
+        )
+    }
+    evaluator = Evaluator(model, windows, model_arguments=_FORWARD, notify=notify)
+    rows = _measure(evaluator, args.length, ("dense", "oracle", "sink_local"), args.densities)
+    report = _calibrate(model, calibration_tokens, args, notify)
+    store = model.get_submodule("seer_gates")
+    if not isinstance(store, GateStore):
+        raise SeerInputError(argument="model", got=type(store).__name__, expected="gates")
+    rows += _measure(evaluator, args.length, ("gate",), args.densities, store)
+    rows.sort(key=lambda row: (-(row.asked_density or 1.0), METHODS.index(row.method)))
+
+    text = console.evaluation_text(rows)
+    console.write_out(text)
+    args.report.write_text(_page(report, rows, found), encoding="utf-8")
+    notify(f"report written to {args.report}")
+    console.write_json(
+        args.json,
+        {
+            "model": folder,
+            "versions": found,
+            "seconds": notify.seconds,
+            "rows": [row.to_json() for row in rows],
+            "calibration": report.summary(),
+        },
+    )
+
+
+def _texts(args: Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+    """Return text to calibrate on and text to measure on: files the model was trained on or not."""
+    training = corpus.encode_files(
+        corpus.standard_library_files(held_out=False),
+        tokenizer,
+        max_tokens=(args.steps + _HOLDOUT) * args.length,
+    )
+    held_out = corpus.encode_files(
+        corpus.standard_library_files(held_out=True),
+        tokenizer,
+        max_tokens=4 * args.sequences * args.length,
+    )
+    return training, held_out
+
+
+def _calibrate(
+    model: nn.Module, tokens: np.ndarray, args: Namespace, notify: console.Progress
+) -> CalibrationReport:
+    data = CalibrationWindows(
+        tokens=tokens,
+        lengths=(args.length,),
+        seed=args.seed,
+        model_arguments=tuple(_FORWARD.items()),
+    )
+    config = CalibrationConfig(
+        steps=args.steps,
+        # So few steps leave no time for a small rate.
+        learning_rate=4e-3,
+        warmup_steps=3,
+        holdout_batches=_HOLDOUT,
+        seed=args.seed,
+    )
+    notify(f"calibrating {args.steps} steps")
+    api.optimize(model)
+    return api.calibrate(model, data, config=config, density=args.densities[0])
+
+
+def _measure(
+    evaluator: Evaluator,
+    length: int,
+    names: Sequence[str],
+    densities: Sequence[float],
+    store: GateStore | None = None,
+) -> list[EvaluationRow]:
+    rows: list[EvaluationRow] = []
+    for name in names:
+        method = parse_method(name)
+        asked = (None,) if name == "dense" else densities
+        rows += [evaluator.run(method, length, density, store) for density in asked]
+    return rows
+
+
+def _page(report: CalibrationReport, rows: Sequence[EvaluationRow], found: dict[str, str]) -> str:
+    """Return the calibration's page with the comparison in front."""
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in console.EVALUATION_HEADER)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in console.evaluation_cells(row))
+        + "</tr>"
+        for row in rows
+    )
+    section = (
+        "<h1>Sparse attention on held-out files</h1>"
+        f"<p>{html.escape(console.versions_line(found))}</p>"
+        f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        "<p>Density is kept blocks / visible blocks. Ratio is perplexity / dense perplexity on "
+        "ordinary tokens. Retrieval is the share of planted keys whose value is predicted in "
+        "full.</p>"
+    )
+    return render_html(report).replace("<body>", f"<body>{section}", 1)
