@@ -271,6 +271,7 @@ def _products(
     carried = {letter for dim in value_layout for letter in dim}
     batch_letters = {letter for dim in batch for letter in book.resolve(dim)}
     new = [letter for dim in second.layouts[1 - side] for letter in dim if names[letter] == (letter,)]
+    broadcast = frozenset(batch_letters - set(book.resolve(tuple(carried))))
     if len(new) != 1 or own[-1] in book.resolve(tuple(carried)):
         match.refuse(SkipCode.RANK, "values are not batch x keys x dim")
         return None
@@ -280,7 +281,7 @@ def _products(
         value=peel(
             second.operands[1 - side],
             value_layout,
-            frozenset(batch_letters - set(book.resolve(tuple(carried)))),
+            broadcast,
             book,
         ),
         batch=batch,
