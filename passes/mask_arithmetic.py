@@ -185,6 +185,9 @@ def _comparison(name: str) -> Callable[[MaskInterpreter, Node, Index], Value | N
 
 def _compare(interpreter: MaskInterpreter, name: str, left: Any, right: Any) -> Formula:
     if _is_number(left) and _is_number(right):
+        if isinstance(left, float) or isinstance(right, float):
+            # SymPy holds that Integer(0) and 0.0 differ.
+            left, right = float(left), float(right)
         return TRUE if getattr(operator, name)(left, right) else FALSE
     if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
         unknown = next((x for x in (left, right) if isinstance(x, Real)), None)
