@@ -11,15 +11,17 @@ from __future__ import annotations
 import enum
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from torch.fx import GraphModule
+from torch import Tensor
+from torch.fx import GraphModule, Node
 
 from seer_compile.errors import PassError, RangeError, SeerInputError
 from seer_compile.gate_store import GateStore
+from seer_compile.passes.constant_tensors import module_constants
 from seer_compile.passes.find_sites import find_sites
 from seer_compile.passes.gate_source import GateSource, StoreGates
 from seer_compile.passes.handle_sites import CurrentHandler, handle_sites
@@ -95,6 +97,9 @@ class PipelineResult:
     summaries: tuple[SiteSummary, ...]
     rewritten: tuple[str, ...]
     """Names of the rewritten sites, one per call."""
+    assumed: tuple[Tensor, ...]
+    """Buffers whose values the mask proofs used: the rewritten graph is right while they keep
+    them."""
     timings: dict[str, float]
     """Seconds per pass."""
 
@@ -177,7 +182,10 @@ def run(
     if example_inputs is not None:
         current.step("normalise", lambda: normalise(graph_module, example_inputs))
     sites = current.step("find_sites", lambda: find_sites(current.graph_module, names))
-    proofs = current.step("prove_masks", lambda: prove_masks(current.graph_module, sites))
+    constants = module_constants(current.graph_module, example_inputs or (), names.root)
+    proofs = current.step(
+        "prove_masks", lambda: prove_masks(current.graph_module, sites, constants)
+    )
     decided = current.step(
         "plan",
         lambda: plan(
@@ -198,8 +206,14 @@ def run(
         plan=decided,
         summaries=summaries,
         rewritten=rewritten,
+        assumed=_assumed_values(decided, constants) if rewritten else (),
         timings=current.timings,
     )
+
+
+def _assumed_values(decided: RewritePlan, constants: Mapping[Node, Tensor]) -> tuple[Tensor, ...]:
+    names = {name for decision in decided.sparse for name in decision.proof.constants}
+    return tuple(tensor for node, tensor in constants.items() if node.name in names)
 
 
 def _rewrite(

@@ -12,17 +12,21 @@ import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from torch.fx import GraphModule
 
+from seer_compile.assumed_buffers import AssumedBuffers, guarded
 from seer_compile.config import GateConfig
 from seer_compile.errors import NothingOptimizedError, SeerInputError, SiteRejectedError
 from seer_compile.gate_store import GateStore
 from seer_compile.graph_log import GraphLog, GraphRecord, is_unexpected
 from seer_compile.inner import InnerCompiler, check_inner, compile_graph, inductor_mode
 from seer_compile.types import SiteSummary
+
+if TYPE_CHECKING:
+    from seer_compile.passes.pipeline import PipelineResult
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +52,12 @@ class BackendOptions:
     dump_passes: tuple[str, ...] = ()
     """Passes around which graphs are written to ``dump_directory``."""
     dump_directory: str | None = None
+
+
+CHANGED_BUFFER = (
+    "a buffer that an attention mask is made of has other values than when the graph was "
+    "compiled, so the graph runs as it came, with dense attention."
+)
 
 
 class SeerBackend:
@@ -89,18 +99,31 @@ class SeerBackend:
         Warns:
             DenseFallbackWarning: Something stays dense; once per site and reason.
         """
-        rewritten, identity = self._rewrite(graph_module, example_inputs)
-        return compile_graph(
-            rewritten,
+        result = self._rewrite(graph_module, example_inputs)
+        if result is None or not result.rewritten:
+            inner, settings = self.options.inner, self.settings
+            return compile_graph(graph_module, example_inputs, inner, settings=settings)
+        compiled = compile_graph(
+            result.graph_module,
             example_inputs,
             self.options.inner,
             settings=self.settings,
-            identity=identity,
+            identity=repr(self.store.config),
         )
+        if not result.assumed:
+            return compiled
+        return guarded(compiled, AssumedBuffers(result.assumed), self._as_it_came(graph_module))
+
+    def _as_it_came(self, graph_module: GraphModule) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self.log.warn_once("", CHANGED_BUFFER)
+            return graph_module(*args)
+
+        return run
 
     def _rewrite(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]
-    ) -> tuple[GraphModule, str | None]:
+    ) -> PipelineResult | None:
         # Inside the function: the passes are needed by those who compile only.
         from seer_compile.passes import pipeline
         from seer_compile.passes.site_names import SiteNames
@@ -124,14 +147,13 @@ class SeerBackend:
             logger.warning("a pass failed; compiling the graph as it came", exc_info=True)
             text = f"{type(cause).__name__}: {cause}"
             self.log.add(GraphRecord(sites=(), seconds={}, error=text))
-            return graph_module, None
+            return None
         if self.options.strict:
             _reject_unexpected(result.summaries)
         self.log.add(GraphRecord(sites=result.summaries, seconds=result.timings))
-        if not result.rewritten:
-            return graph_module, None
-        self._warn_if_uncalibrated()
-        return result.graph_module, repr(self.store.config)
+        if result.rewritten:
+            self._warn_if_uncalibrated()
+        return result
 
     def _gates(self) -> Any:
         from seer_compile.passes.gate_source import StoreGates
