@@ -1,0 +1,347 @@
+"""A whole site in one call: pool, score, select, attend; or dense attention where that is faster.
+
+    query -> pool -> project --.
+    key   -> pool -> project --> scores -> select -> attention(query, key, value)
+
+Query rows are streamed: scores and indices of one slab of rows exist at a time, and keys that the
+band hides from a slab are left out of it. The selection is a function of the inputs alone, so the
+backward makes it again instead of keeping it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seer_compile.errors import RangeError
+from seer_compile.kernels import counters
+from seer_compile.kernels.dense import dense_attention, dense_reason
+from seer_compile.types import Visibility
+
+MODE_DENSE, MODE_AUTO, MODE_SPARSE = 0, 1, 2
+"""Values of ``mode``: dense; sparse where that is not slower; sparse whatever the size."""
+
+_SLAB_BYTES = 256 << 20
+"""Scores and indices, four bytes each, of one slab of query rows."""
+
+
+class GateArguments(NamedTuple):
+    """What a gate adds to query, key and value; the fields are the operator's, in its order."""
+
+    query_weight: Tensor
+    key_weight: Tensor
+    budget: Tensor
+    mode: Tensor
+    scale: float
+    query_pools: str
+    key_pools: str
+    sub_block: int
+    query_block: int
+    key_block: int
+    share_group: bool
+    selector: str
+    budget_lengths: list[int]
+    site: str
+
+
+class _Slab(NamedTuple):
+    """Consecutive query rows, the keys in reach, and the visibility counted from the first row."""
+
+    rows: slice
+    keys: slice
+    visibility: Visibility
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, gate: GateArguments, visibility: Visibility
+) -> tuple[Tensor, Tensor]:
+    """Return out and lse; see ``ops.gated_attention``."""
+    reason = path_of(query, key, value, gate)
+    counters.record(gate.site, "sparse" if reason is None else f"dense:{reason}")
+    lse = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    if reason is not None:
+        out = dense_attention(query, key, value, scale=gate.scale, visibility=visibility)
+        return token_major(out), lse
+    key_features = _key_features(key, gate, visibility)
+    slabs = list(_slabs(query, key, gate, visibility))
+    out = empty_token_major(query, value)
+    for slab in slabs:
+        queries = query[:, :, slab.rows]
+        indices, counts = _select(queries, key_features, gate, slab, key.shape[2])
+        _meter(gate, slab, counts)
+        part, part_lse = torch.ops.seer_compile.block_sparse_attention.v1(
+            queries,
+            key[:, :, slab.keys],
+            value[:, :, slab.keys],
+            indices,
+            counts,
+            gate.scale,
+            gate.query_block,
+            gate.key_block,
+            *slab.visibility.as_arguments().values(),
+        )
+        if len(slabs) == 1:
+            return part, part_lse
+        out[:, :, slab.rows], lse[:, :, slab.rows] = part, part_lse
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    gate: GateArguments,
+    visibility: Visibility,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value, contiguous, given the forward's results."""
+    if path_of(query, key, value, gate) is not None:
+        return _dense_backward(grad_out, query, key, value, gate.scale, visibility)
+    key_features = _key_features(key, gate, visibility)
+    grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
+    # Slabs add up in float32: the sum of rounded parts would lose what a single slab keeps.
+    grad_key, grad_value = (
+        torch.zeros(tensor.shape, dtype=torch.float32, device=tensor.device)
+        for tensor in (key, value)
+    )
+    for slab in _slabs(query, key, gate, visibility):
+        queries = query[:, :, slab.rows]
+        selection = _select(queries, key_features, gate, slab, key.shape[2])
+        parts = torch.ops.seer_compile.block_sparse_attention_backward.v1(
+            grad_out[:, :, slab.rows],
+            queries,
+            key[:, :, slab.keys],
+            value[:, :, slab.keys],
+            out[:, :, slab.rows],
+            lse[:, :, slab.rows].contiguous(),
+            *selection,
+            gate.scale,
+            gate.query_block,
+            gate.key_block,
+            *slab.visibility.as_arguments().values(),
+        )
+        grad_query[:, :, slab.rows] = parts[0]
+        grad_key[:, :, slab.keys] += parts[1]
+        grad_value[:, :, slab.keys] += parts[2]
+    return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype)
+
+
+def path_of(query: Tensor, key: Tensor, value: Tensor, gate: GateArguments) -> str | None:
+    """Return why the call is answered densely, None where it is answered sparsely.
+
+    Raises:
+        RangeError: ``mode`` is none of the three.
+    """
+    mode = int(gate.mode)
+    if mode not in (MODE_DENSE, MODE_AUTO, MODE_SPARSE):
+        raise RangeError(argument="mode", got=mode, expected="0 dense, 1 auto or 2 sparse")
+    if mode == MODE_DENSE:
+        return "mode"
+    if query.numel() == 0 or key.shape[2] == 0:
+        return "empty"
+    if mode == MODE_SPARSE:
+        return None
+    return dense_reason(
+        q_len=query.shape[2],
+        k_len=key.shape[2],
+        width=query.shape[0] * query.shape[1] * (query.shape[3] + value.shape[3]),
+        device=query.device,
+    )
+
+
+def budget_at(budget: Tensor, lengths: list[int], k_len: int) -> Tensor:
+    """Return ``Float32[s]``: the budget at a key length.
+
+    Args:
+        budget: ``Float32[s L]``.
+        lengths: Key lengths of the columns, ascending, in tokens.
+        k_len: Key tokens; outside the lengths the nearest column counts.
+    """
+    logs = [math.log2(length) for length in lengths]
+    place = min(max(math.log2(max(k_len, 1)), logs[0]), logs[-1])
+    right = next((i for i, log in enumerate(logs) if log >= place), len(logs) - 1)
+    if right == 0:
+        return budget[:, 0]
+    weight = (place - logs[right - 1]) / (logs[right] - logs[right - 1])
+    return torch.lerp(budget[:, right - 1], budget[:, right], weight)
+
+
+def _slabs(
+    query: Tensor, key: Tensor, gate: GateArguments, visibility: Visibility
+) -> Iterator[_Slab]:
+    q_len, k_len = query.shape[2], key.shape[2]
+    selections = query.shape[0] * (key if gate.share_group else query).shape[1]
+    row_bytes = 8 * selections * -(-k_len // gate.key_block)
+    step = max(1, _SLAB_BYTES // max(row_bytes, 1)) * gate.query_block
+    if visibility.upper is None and q_len == k_len:
+        # The diagonal of an unbounded band is known from the lengths of the whole call alone.
+        step = q_len
+    for start in range(0, q_len, step):
+        rows = slice(start, min(start + step, q_len))
+        end = k_len
+        if visibility.upper is not None and visibility.offset is None:
+            reach = max(rows.stop + visibility.upper, 1)
+            end = min(k_len, -(-reach // gate.key_block) * gate.key_block)
+        keys = slice(0, end)
+        yield _Slab(rows, keys, _window(visibility, rows, keys))
+
+
+def _window(visibility: Visibility, rows: slice, keys: slice) -> Visibility:
+    """Return a visibility as counted from the first of some rows, over some keys from 0."""
+
+    def cut(tensor: Tensor | None, span: slice) -> Tensor | None:
+        return None if tensor is None else tensor[:, span]
+
+    return Visibility(
+        upper=None if visibility.upper is None else visibility.upper + rows.start,
+        lower=None if visibility.lower is None else visibility.lower + rows.start,
+        offset=visibility.offset,
+        key_padding=cut(visibility.key_padding, keys),
+        query_documents=cut(visibility.query_documents, rows),
+        key_documents=cut(visibility.key_documents, keys),
+    )
+
+
+def _key_features(key: Tensor, gate: GateArguments, visibility: Visibility) -> Tensor:
+    pooled = torch.ops.seer_compile.pool_blocks.v1(
+        key, gate.sub_block, gate.key_pools, visibility.key_padding
+    )
+    return project(pooled, gate.key_weight)
+
+
+def project(pooled: Tensor, weight: Tensor) -> Tensor:
+    """Project pooled tokens per query head.
+
+    Args:
+        pooled: ``Float[b x t p]``; x divides h.
+        weight: ``Float32[h p e]``.
+
+    Returns:
+        ``Float32[b h t e]``.
+
+    Numerics:
+        On CUDA, 16-bit inputs are multiplied by weights rounded to their dtype and accumulate in
+        float32: float32 products would not run on the tensor cores.
+    """
+    batch, heads, units, channels = pooled.shape
+    groups = weight.shape[0] // heads
+    # [x, p, groups * e]: one product serves the query heads of a key head.
+    weight = weight.unflatten(0, (heads, groups)).transpose(1, 2).flatten(2)
+    left = pooled.reshape(batch * heads, units, channels)
+    right = weight.expand(batch, -1, -1, -1).flatten(0, 1)
+    if pooled.is_cuda and pooled.dtype in (torch.float16, torch.bfloat16):
+        features = torch.bmm(left, right.to(pooled.dtype), out_dtype=torch.float32)
+    else:
+        features = torch.bmm(left.float(), right)
+    features = features.view(batch, heads, units, groups, -1)
+    return features.transpose(2, 3).flatten(1, 2)
+
+
+def _select(
+    queries: Tensor, key_features: Tensor, gate: GateArguments, slab: _Slab, k_len: int
+) -> tuple[Tensor, Tensor]:
+    """Return indices and counts for one slab of rows; the budget is that of all the keys."""
+    pooled = torch.ops.seer_compile.pool_blocks.v1(queries, gate.sub_block, gate.query_pools, None)
+    readable = slab.visibility.as_arguments().values()
+    num_keys = slab.keys.stop
+    grid = (gate.query_block, gate.key_block, queries.shape[2], num_keys)
+    scores = torch.ops.seer_compile.block_scores.v1(
+        project(pooled, gate.query_weight),
+        key_features[:, :, : -(-num_keys // gate.sub_block)],
+        gate.scale,
+        gate.sub_block,
+        *grid,
+        queries.shape[1] // gate.budget.shape[0],
+        *readable,
+    )
+    budget = budget_at(gate.budget, gate.budget_lengths, k_len)
+    return torch.ops.seer_compile.select_blocks.v1(scores, budget, gate.selector, *grid, *readable)
+
+
+def _meter(gate: GateArguments, slab: _Slab, counts: Tensor) -> None:
+    meters = counters.active_meters()
+    if not meters:
+        return
+    kept = counts.sum(dtype=torch.int64)
+    per_selection = visible_blocks(
+        slab.visibility,
+        (slab.rows.stop - slab.rows.start, slab.keys.stop),
+        (gate.query_block, gate.key_block),
+        counts.device,
+    )
+    visible = per_selection.sum() * counts.shape[0] * counts.shape[1]
+    for meter in meters:
+        meter.add(gate.site, kept, visible)
+
+
+def visible_blocks(
+    visibility: Visibility,
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
+    device: torch.device,
+) -> Tensor:
+    """Return ``Int64[m]``: how many key blocks the band lets each query block see, without a sync.
+
+    Args:
+        visibility: The band; padding and documents do not count.
+        lengths: Query and key tokens.
+        blocks: Tokens per query block and per key block.
+        device: Of the result.
+    """
+    first = torch.arange(0, lengths[0], blocks[0], device=device)
+    last = (first + blocks[0] - 1).clamp(max=lengths[0] - 1)
+    shift = 0 if visibility.offset is None else visibility.offset.to(device)
+    begin, end = torch.zeros_like(first), torch.full_like(first, lengths[1])
+    if visibility.lower is not None:
+        begin = (first + visibility.lower + shift).clamp(min=0)
+    if visibility.upper is not None:
+        end = (last + visibility.upper + shift + 1).clamp(max=lengths[1])
+    number = (end + blocks[1] - 1) // blocks[1] - begin // blocks[1]
+    is_open = end > begin
+    if visibility.lower is not None and visibility.upper is not None:
+        is_open &= visibility.lower <= visibility.upper
+    return number.where(is_open, torch.zeros_like(number))
+
+
+def _dense_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    visibility: Visibility,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate the dense path by running it again under autograd.
+
+    An operator's kernel runs with the autograd keys excluded; they are let in for this call.
+    """
+    with (
+        torch._C._SetExcludeDispatchKeyGuard(
+            torch._C.DispatchKey.AutogradFunctionality,
+            False,
+        ),
+        torch.enable_grad(),
+    ):
+        leaves = [tensor.detach().requires_grad_() for tensor in (query, key, value)]
+        out = dense_attention(*leaves, scale=scale, visibility=visibility)
+        if not out.requires_grad:
+            return tuple(torch.zeros_like(leaf) for leaf in leaves)  # type: ignore[return-value]
+        grads = torch.autograd.grad(out, leaves, grad_out)
+    return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
+
+
+def empty_token_major(query: Tensor, value: Tensor) -> Tensor:
+    """Return an empty ``b h q v`` that lies as a contiguous ``b q h v``."""
+    batch, heads, q_len, _ = query.shape
+    return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
+
+
+def token_major(out: Tensor) -> Tensor:
+    """Return equal values that lie as a contiguous ``b q h v``."""
+    return out.transpose(1, 2).contiguous().transpose(1, 2)

@@ -1,0 +1,399 @@
+"""The operators, typed and documented: what they take, return, cost and raise.
+
+Importing this module registers them as ``torch.ops.seer_compile.NAME.v1``, where every field of
+a :class:`~seer_compile.types.Visibility` is an argument of its own and a
+:class:`~seer_compile.types.BlockSelection` two. Graphs hold those; people call these.
+
+Common to all: any strides, any lengths (0 too), a last block that may be shorter, 16- and 32-bit
+floats; float32 inside. Malformed calls raise a :class:`~seer_compile.errors.SeerError` that names
+the argument. Values in keys that nobody may read do not matter, NaN included.
+Letters of shapes: see :mod:`seer_compile.types`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from seer_compile.errors import DtypeError
+from seer_compile.kernels import attention_contracts, contracts  # noqa: F401  (registers)
+from seer_compile.kernels.arguments import (
+    block_tokens,
+    joined_pools,
+    readable_arguments,
+    require_attention,
+    require_optional_tensor,
+    require_tensor,
+    scale_or_default,
+)
+from seer_compile.kernels.checks import (
+    as_visibility,
+    check_attention,
+    check_choice,
+    check_flag,
+    check_integer,
+    check_scale,
+    check_selection_values,
+    check_visibility,
+)
+from seer_compile.kernels.dense import dense_attention as _dense_attention
+from seer_compile.types import BlockSelection, BlockSize, PoolKind, Visibility
+
+__all__ = [
+    "attention_mass",
+    "block_scores",
+    "block_sparse_attention",
+    "dense_attention",
+    "gated_attention",
+    "pool_blocks",
+    "select_blocks",
+]
+
+
+def pool_blocks(
+    tokens: Tensor,
+    *,
+    size: int,
+    kinds: Sequence[PoolKind] = ("mean",),
+    padding: Tensor | None = None,
+) -> Tensor:
+    """Reduce every run of ``size`` tokens to one vector per kind of pooling.
+
+    Args:
+        tokens: ``Float[b x t d]``, x any heads.
+        size: Tokens per sub-block.
+        kinds: Distinct kinds; their results are concatenated on the last axis in this order.
+        padding: ``Bool[b t]``, True where a token counts; all count when None.
+
+    Returns:
+        ``Float[b x ceil(t/size) len(kinds)*d]`` in the dtype of ``tokens``. A sub-block in which
+        no token counts is 0.
+
+    Raises:
+        SeerInputError: A malformed argument.
+
+    Cost:
+        One read of the tokens. No gradient.
+    """
+    require_tensor("tokens", tokens)
+    require_optional_tensor("padding", padding)
+    check_integer("size", size, minimum=1)
+    joined = joined_pools("kinds", kinds)
+    return torch.ops.seer_compile.pool_blocks.v1(tokens, size, joined, padding)
+
+
+def block_scores(
+    query_features: Tensor,
+    key_features: Tensor,
+    *,
+    scale: float,
+    sub_block: int,
+    block_size: BlockSize,
+    q_len: int,
+    k_len: int,
+    groups: int = 1,
+    visibility: Visibility | None = None,
+) -> Tensor:
+    """Score block pairs: the share of a query's attention that a key block is predicted to carry.
+
+    The softmax of every query sub-row over its visible key sub-blocks, summed over the key
+    sub-blocks of a block, is that share; a block pair scores what its neediest sub-row gives.
+
+    Args:
+        query_features: ``Float[b h r e]``, one row per sub-block of queries.
+        key_features: ``Float[b h c e]``.
+        scale: Factor on the dot products.
+        sub_block: Tokens per sub-block; divides both block sizes.
+        block_size: Tokens per block.
+        q_len: Query tokens.
+        k_len: Key tokens.
+        groups: Consecutive heads that share a selection; a block takes their largest score.
+        visibility: What each query may read. Documents count by the range of ids in a sub-block.
+
+    Returns:
+        ``Float32[b h//groups m n]`` in [0, 1]; 0 for blocks outside the band or of padding.
+
+    Raises:
+        SeerInputError: A malformed argument.
+
+    Cost:
+        2 h r c e multiply-adds; the r x c logits are never held. No gradient.
+    """
+    require_tensor("query_features", query_features)
+    require_tensor("key_features", key_features)
+    check_scale(scale)
+    for name, number in {"sub_block": sub_block, "groups": groups}.items():
+        check_integer(name, number, minimum=1)
+    for name, number in {"q_len": q_len, "k_len": k_len}.items():
+        check_integer(name, number, minimum=0)
+    return torch.ops.seer_compile.block_scores.v1(
+        query_features,
+        key_features,
+        float(scale),
+        sub_block,
+        *block_tokens(block_size),
+        q_len,
+        k_len,
+        groups,
+        *readable_arguments(visibility),
+    )
+
+
+def select_blocks(
+    scores: Tensor,
+    *,
+    budget: Tensor,
+    selector: str,
+    block_size: BlockSize,
+    q_len: int,
+    k_len: int,
+    visibility: Visibility | None = None,
+) -> BlockSelection:
+    """Select the key blocks that each query block reads.
+
+    The diagonal, the sink (the first visible block with a key that is not padding) and the best
+    block of a row are always kept where the band shows them: no row that sees a block is empty.
+    To these are added, by selector:
+
+    - ``top_p``: the fewest highest scores with which the row's kept sum reaches ``budget`` times
+      its sum; equal scores stay together. From 1 on, every visible block.
+    - ``fraction``: highest scores up to ``budget`` times the visible blocks, rounded up.
+    - ``top_k``: highest scores up to ``budget`` blocks.
+    - ``threshold``: scores of at least ``budget`` times the row's mean over visible blocks.
+
+    Args:
+        scores: ``Float32[b s m n]``. A row with NaN keeps what cannot be judged.
+        budget: ``Float32[s]``, on the device of the scores.
+        selector: One of the four names.
+        block_size: Tokens per block.
+        q_len: Query tokens.
+        k_len: Key tokens.
+        visibility: The band says which blocks are visible, padding where the sink is.
+
+    Returns:
+        Indices ``Int32[b s m n]``, ascending, and counts ``Int32[b s m]``. The same scores give
+        the same selection; ties go to the lower index.
+
+    Raises:
+        SeerInputError: A malformed argument.
+    """
+    require_tensor("scores", scores)
+    require_tensor("budget", budget)
+    check_choice("selector", selector, contracts.SELECTOR_NAMES)
+    for name, number in {"q_len": q_len, "k_len": k_len}.items():
+        check_integer(name, number, minimum=0)
+    sizes = (*block_tokens(block_size), q_len, k_len)
+    return BlockSelection(
+        *torch.ops.seer_compile.select_blocks.v1(
+            scores, budget, selector, *sizes, *readable_arguments(visibility)
+        )
+    )
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: BlockSelection,
+    *,
+    block_size: BlockSize,
+    scale: float | None = None,
+    visibility: Visibility | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the readable keys of the selected blocks only. Differentiable in q, k and v.
+
+    Args:
+        query: ``Float[b h q d]``.
+        key: ``Float[b g k d]``; ``g`` divides ``h``.
+        value: ``Float[b g k v]``.
+        selection: Indices ``Int32[b s m capacity]`` and counts ``Int32[b s m]``; s is h, g or 1.
+            Indices of a row ascend, without repeats; checked by value on the CPU.
+        block_size: Tokens per block.
+        scale: Factor on the logits; ``1 / sqrt(d)`` when None.
+        visibility: What each query may read; everything when None.
+
+    Returns:
+        ``Float[b h q v]``, lying as a contiguous ``b q h v``, and the log-sum-exp of every row,
+        ``Float32[b h q]``, which has no gradient. A row that reads nothing is 0 and -inf.
+
+    Raises:
+        SeerInputError: A malformed argument.
+
+    Cost:
+        2 (d + v) multiply-adds for every query and key of the selected blocks, nothing for others.
+
+    Numerics:
+        A selection of every visible block gives dense attention to rounding. Products accumulate
+        in float32.
+
+    Example:
+        >>> x = torch.ones(1, 1, 128, 8)
+        >>> own = BlockSelection(torch.tensor([[[[0], [1]]]]).int(), torch.ones(1, 1, 2).int())
+        >>> out, _ = block_sparse_attention(x, x, x, own, block_size=BlockSize())
+        >>> bool((out == 1).all())
+        True
+    """
+    require_attention(query, key, value)
+    if not isinstance(selection, tuple) or len(selection) != 2:
+        raise DtypeError(
+            argument="selection", got=type(selection).__name__, expected="a BlockSelection"
+        )
+    for name, tensor in zip(("indices", "counts"), selection, strict=True):
+        require_tensor(name, tensor)
+    blocks = block_tokens(block_size)
+    factor = scale_or_default(scale, query)
+    readable = readable_arguments(visibility)
+    if not torch.compiler.is_compiling() and selection[0].device.type == "cpu":
+        check_selection_values(BlockSelection(*selection), -(-key.shape[2] // blocks[1]))
+    return torch.ops.seer_compile.block_sparse_attention.v1(
+        query, key, value, *selection, factor, *blocks, *readable
+    )
+
+
+def attention_mass(
+    query: Tensor,
+    key: Tensor,
+    *,
+    query_unit: int,
+    key_unit: int,
+    query_reduce: str = "mean",
+    key_reduce: str = "sum",
+    scale: float | None = None,
+    visibility: Visibility | None = None,
+) -> Tensor:
+    """Return attention probability per pair of units: what gates learn to predict.
+
+    Args:
+        query: ``Float[b h q d]``.
+        key: ``Float[b g k d]``.
+        query_unit: Tokens per unit of queries.
+        key_unit: Tokens per unit of keys.
+        query_reduce: ``mean`` over the queries of a unit that read anything, or ``max``.
+        key_reduce: ``sum`` over the keys of a unit, the mass, or ``max``, the published map.
+        scale: Factor on the logits; ``1 / sqrt(d)`` when None.
+        visibility: What each query may read.
+
+    Returns:
+        ``Float32[b h ceil(q/query_unit) ceil(k/key_unit)]`` in [0, 1].
+
+    Raises:
+        SeerInputError: A malformed argument.
+
+    Cost:
+        The products of dense attention's first half; memory for the result only. No gradient.
+    """
+    require_tensor("query", query)
+    require_tensor("key", key)
+    for name, number in {"query_unit": query_unit, "key_unit": key_unit}.items():
+        check_integer(name, number, minimum=1)
+    check_choice("query_reduce", query_reduce, ("mean", "max"))
+    check_choice("key_reduce", key_reduce, ("sum", "max"))
+    units = (query_unit, key_unit, query_reduce, key_reduce)
+    return torch.ops.seer_compile.attention_mass.v1(
+        query, key, scale_or_default(scale, query), *units, *readable_arguments(visibility)
+    )
+
+
+def gated_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    query_weight: Tensor,
+    key_weight: Tensor,
+    budget: Tensor,
+    mode: Tensor,
+    query_pools: Sequence[PoolKind],
+    key_pools: Sequence[PoolKind],
+    sub_block: int,
+    block_size: BlockSize,
+    share_group: bool,
+    selector: str,
+    budget_lengths: Sequence[int],
+    scale: float | None = None,
+    site: str = "",
+    visibility: Visibility | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Answer a whole site: pool, project, score, select and attend, or attend densely.
+
+    One operator: no tensor with a block-count axis meets a tracer. Differentiable in query, key
+    and value; the gate's weights get no gradient from here.
+
+    Args:
+        query: ``Float[b h q d]``.
+        key: ``Float[b g k d]``.
+        value: ``Float[b g k v]``.
+        query_weight: ``Float32[h Pq*d e]``, Pq the number of query pools.
+        key_weight: ``Float32[h Pk*d e]``.
+        budget: ``Float32[s L]``, the selector's budget at each of ``budget_lengths``; between
+            them linear in log2 of the key length, outside them constant.
+        mode: ``Int8[]`` on the CPU: 0 dense; 1 sparse where that pays (see
+            :func:`~seer_compile.kernels.dense.dense_reason`); 2 sparse whatever the size.
+        query_pools: Kinds of pooling of queries.
+        key_pools: Kinds of pooling of keys.
+        sub_block: Tokens per sub-block; divides both block sizes.
+        block_size: Tokens per block.
+        share_group: One selection per key head (``s = g``), else per query head.
+        selector: See :func:`select_blocks`.
+        budget_lengths: Key lengths, in tokens, ascending.
+        scale: Factor on the logits; ``1 / sqrt(d)`` when None.
+        site: Name under which :mod:`~seer_compile.kernels.counters` counts the call.
+        visibility: What each query may read.
+
+    Returns:
+        ``Float[b h q v]``, lying as a contiguous ``b q h v``, and ``Float32[b h q]``: the
+        log-sum-exp of the sparse path, zeros on the dense path.
+
+    Raises:
+        SeerInputError: A malformed argument.
+
+    Cost:
+        Scores and indices of one slab of query rows, at most 256 MB; the keys' features.
+    """
+    require_attention(query, key, value)
+    tensors = (query_weight, key_weight, budget, mode)
+    for name, tensor in zip(("query_weight", "key_weight", "budget", "mode"), tensors, strict=True):
+        require_tensor(name, tensor)
+    check_integer("sub_block", sub_block, minimum=1)
+    check_flag("share_group", share_group)
+    check_choice("selector", selector, contracts.SELECTOR_NAMES)
+    if not isinstance(site, str):
+        raise DtypeError(argument="site", got=type(site).__name__, expected="a str")
+    for length in budget_lengths:
+        check_integer("budget_lengths", length, minimum=1)
+    return torch.ops.seer_compile.gated_attention.v1(
+        query,
+        key,
+        value,
+        *tensors,
+        scale_or_default(scale, query),
+        joined_pools("query_pools", query_pools),
+        joined_pools("key_pools", key_pools),
+        sub_block,
+        *block_tokens(block_size),
+        share_group,
+        selector,
+        list(budget_lengths),
+        site,
+        *readable_arguments(visibility),
+    )
+
+
+def dense_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float | None = None,
+    visibility: Visibility | None = None,
+) -> Tensor:
+    """Attend to every readable key; checked front of :func:`.dense.dense_attention`."""
+    require_attention(query, key, value)
+    check_attention(query, key, value)
+    visibility = as_visibility(visibility)
+    lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
+    check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)
+    factor = scale_or_default(scale, query)
+    return _dense_attention(query, key, value, scale=factor, visibility=visibility)
