@@ -68,16 +68,16 @@ print(json.dumps({
 """
 
 
-def modules_of_tree() -> list[str]:
+def modules_of_tree(root: Path = ROOT) -> list[str]:
     """Return the import name of every module that an install must hold."""
     names = [
         f"seer_compile.{path.stem}"
-        for path in (ROOT / "seer_compile").glob("*.py")
+        for path in (root / "seer_compile").glob("*.py")
         if path.stem != "__init__"
     ]
     for folder in LINKED:
-        for path in (ROOT / folder).rglob("*.py"):
-            parts = path.relative_to(ROOT).with_suffix("").parts
+        for path in (root / folder).rglob("*.py"):
+            parts = path.relative_to(root).with_suffix("").parts
             names.append(".".join(("seer_compile", *parts)))
     return sorted(names)
 
@@ -171,10 +171,10 @@ def test_links_are_relative_and_reach_the_real_folders():
         assert link.resolve() == ROOT / name
 
 
-def test_wheel_holds_every_module_once_and_nothing_else(archives):
+def test_wheel_holds_every_module_once_and_nothing_else(source, archives):
     with zipfile.ZipFile(archives["wheel"]) as wheel:
         names = [name for name in wheel.namelist() if ".dist-info/" not in name]
-    expected = {name.replace(".", "/") + ".py" for name in modules_of_tree()}
+    expected = {name.replace(".", "/") + ".py" for name in modules_of_tree(source)}
     sources = [name for name in names if name.endswith(".py")]
     assert len(sources) == len(set(sources))
     assert set(sources) == expected | {"seer_compile/__init__.py"}
@@ -191,9 +191,9 @@ def test_sdist_holds_no_module_twice(archives):
 
 
 @pytest.mark.slow
-def test_install_imports_every_module_beside_transformers(installed, tmp_path):
+def test_install_imports_every_module_beside_transformers(source, installed, tmp_path):
     python, home = installed
-    modules = modules_of_tree()
+    modules = modules_of_tree(source)
     result = json.loads(
         run(python, "-c", IMPORT_ALL, json.dumps(modules), cwd=tmp_path).strip().splitlines()[-1]
     )
