@@ -2,7 +2,8 @@
 
     matmul(q, k)                      aten.matmul.default
     F.multi_head_attention_forward -> aten.linear ... aten.scaled_dot_product_attention
-    x @ y                             aten.matmul.default
+    _transformer_encoder_layer_fwd -> its parts (open_fused_layers)
+    tag_activation_checkpoint(body)   the same call, its body in ATen
 
 Legal because the graph is interpreted, call by call, under the fake mode that Dynamo used: same
 placeholders in the same order, same symbolic sizes, same outputs. The result is a fresh graph
@@ -18,10 +19,14 @@ from typing import Any
 import torch
 from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, Interpreter, Node
+from torch.fx import GraphModule, Node
 from torch.fx import traceback as fx_traceback
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import noop_context_fn
 
+from seer_compile.passes.open_fused_layers import FusedLayerOpener
+
+_CONTEXT = "_checkpoint_context_fn"
 _KEPT_METADATA = ("grapharg", "tensor_dict", "example_value", "stack_trace")
 
 
@@ -46,7 +51,7 @@ def normalise(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
     mode, fakes = _fake_inputs(placeholders, example_inputs)
 
     def run(*args: Any) -> Any:
-        return Interpreter(graph_module).run(*args)
+        return FusedLayerOpener(graph_module).run(*args)
 
     trace = make_fx(
         run,
@@ -55,11 +60,12 @@ def normalise(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
         _allow_non_fake_inputs=True,
         _error_on_data_dependent_ops=True,
     )
-    with _tracing_state(mode):
+    with _tracing_state(mode), _checkpoint_contexts(graph_module):
         normalised = trace(*fakes)
     fresh = [node for node in normalised.graph.nodes if node.op == "placeholder"]
     for new, old in zip(fresh, placeholders, strict=True):
         _copy_metadata(old, new)
+    _forget_contexts(normalised)
     return normalised
 
 
@@ -93,6 +99,30 @@ def _tracing_state(mode: FakeTensorMode) -> Iterator[None]:
         torch._dynamo.config.patch(error_on_nested_fx_trace=False),
     ):
         yield
+
+
+@contextlib.contextmanager
+def _checkpoint_contexts(graph_module: GraphModule) -> Iterator[None]:
+    """Give checkpointed bodies the context that tracing them looks up, where they have none."""
+    bodies = [
+        module
+        for module in graph_module.modules()
+        if isinstance(module, GraphModule) and _CONTEXT not in module.meta
+    ]
+    for body in bodies:
+        body.meta[_CONTEXT] = noop_context_fn
+    try:
+        yield
+    finally:
+        for body in bodies:
+            del body.meta[_CONTEXT]
+
+
+def _forget_contexts(graph_module: GraphModule) -> None:
+    """Drop what :func:`_checkpoint_contexts` left in new bodies: its presence changes policy."""
+    for module in graph_module.modules():
+        if isinstance(module, GraphModule) and module.meta.get(_CONTEXT) is noop_context_fn:
+            del module.meta[_CONTEXT]
 
 
 def _copy_metadata(old: Node, new: Node) -> None:

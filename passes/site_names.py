@@ -38,12 +38,17 @@ class SiteNames:
         """Return the dotted name for one entry of a module stack; ``<root>`` for the model itself.
 
         Args:
-            key: Key of the entry: ``id(module)``, ``@n`` appended from the second call on.
+            key: Key of the entry: ``id(module)``, ``@n`` appended from the second call on, and
+                ``.child`` for a child that has no entry of its own.
             path: Path text of the entry.
         """
         if key is None:
             return ROOT_NAME
-        known = self._names.get(_CALL_COUNT.sub("", key))
+        # A fused layer that was written out names a child of the module it knows.
+        identity, _, child = _CALL_COUNT.sub("", key).partition(".")
+        known = self._names.get(identity)
+        if known is not None and child:
+            known = f"{known}.{child}"
         if known is None:
             known = _CALL_COUNT.sub("", _FRAME_PREFIX.sub("", path))
             known = _CONTAINER.sub(lambda m: "." + next(filter(None, m.groups())), known)
