@@ -1,7 +1,7 @@
 """Sweep out what a rewrite left without readers: the former attention regions and masks.
 
 FX's own dead-code elimination keeps two kinds of calls that would keep a whole region alive:
-random calls (an attention dropout, which draws nothing in evaluation) and metadata assertions
+random calls (dropout and fused attention, which draw nothing in evaluation) and metadata assertions
 that ``torch.export`` adds about intermediate tensors. Here a call stays when the output depends
 on it, when it writes to one of its arguments, or when it has another side effect; an assertion
 about a tensor that nothing else needs goes with the tensor.
@@ -18,7 +18,12 @@ from seer_compile.types import PassResult
 
 aten = torch.ops.aten
 _ASSERTIONS = (aten._assert_tensor_metadata,)
-_DROPOUTS = (aten.dropout, aten.native_dropout, aten.feature_dropout)
+_RANDOM = (
+    aten.dropout,
+    aten.native_dropout,
+    aten.feature_dropout,
+    aten.scaled_dot_product_attention,
+)
 
 
 def remove_dead(graph_module: GraphModule) -> PassResult:
@@ -43,8 +48,8 @@ def remove_dead(graph_module: GraphModule) -> PassResult:
 def _is_root(node: Node) -> bool:
     if node.op in ("placeholder", "output"):
         return True
-    if packet_of(node) in (*_ASSERTIONS, *_DROPOUTS):
-        return packet_of(node) in _DROPOUTS and _draws(node)
+    if packet_of(node) in (*_ASSERTIONS, *_RANDOM):
+        return packet_of(node) in _RANDOM and _draws(node)
     # What a higher-order operator does is not known here, so it stays.
     return node.is_impure() or isinstance(node.target, HigherOrderOperator)
 
@@ -53,7 +58,8 @@ def _draws(node: Node) -> bool:
     if not isinstance(node.target, OpOverload):
         return True
     arguments = bound_arguments(node)
-    return bool(arguments.get("train", True)) and arguments.get("p") != 0
+    probability = arguments.get("p", arguments.get("dropout_p"))
+    return bool(arguments.get("train", True)) and probability != 0
 
 
 def _with_inputs(roots: set[Node]) -> set[Node]:
