@@ -87,8 +87,8 @@ class SeerBackend:
         self.settings = dict(settings or {})
         self._root = None if root is None else weakref.ref(root)
 
-    def __call__(
-        self, graph_module: GraphModule, example_inputs: Sequence[Any], **_: Any
+    def compile(
+        self, graph_module: GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
         """Compile one graph; where a pass fails, as it came.
 
@@ -113,6 +113,8 @@ class SeerBackend:
         if not result.assumed:
             return compiled
         return guarded(compiled, AssumedBuffers(result.assumed), self._as_it_came(graph_module))
+
+    __call__ = compile
 
     def _as_it_came(self, graph_module: GraphModule) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

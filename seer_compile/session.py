@@ -21,7 +21,7 @@ from seer_compile.config import GateConfig
 from seer_compile.errors import ModelStateError
 from seer_compile.gate_store import GateStore
 from seer_compile.graph_log import GraphLog
-from seer_compile.site_runner import SiteRunner, compiled_entry
+from seer_compile.site_runner import SiteRunner, WeakBackend, compiled_entry
 from seer_compile.types import SiteHandler
 
 STORE_NAME = "seer_gates"
@@ -66,8 +66,9 @@ class Session:
     def renew(self) -> None:
         """Compile the model's call anew: the next call captures graphs afresh."""
         model = self.model
-        backend = SeerBackend(self.store, root=model, options=self.options, log=self.log)
-        model.__dict__[_COMPILED] = functools.partial(compiled_entry(model, backend), model)
+        self.backend = SeerBackend(self.store, root=model, options=self.options, log=self.log)
+        entry = compiled_entry(model, WeakBackend(self.backend, "compile"))
+        model.__dict__[_COMPILED] = functools.partial(entry, model)
 
     def runner(self) -> SiteRunner:
         """Return what runs the model with handlers; its graphs are kept."""

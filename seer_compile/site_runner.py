@@ -41,7 +41,27 @@ def isolated_entry(model: nn.Module) -> Callable[..., Any]:
     return types.FunctionType(call.__code__.replace(co_name=name), globals(), name)
 
 
-def compiled_entry(model: nn.Module, backend: Callable[..., Any]) -> Callable[..., Any]:
+class WeakBackend:
+    """Calls a backend that someone else owns: Dynamo keeps every backend it has seen, for good.
+
+    Args:
+        owner: What has the method that compiles.
+        method: Its name.
+    """
+
+    def __init__(self, owner: Any, method: str) -> None:
+        self._owner = weakref.ref(owner)
+        self._method = method
+
+    def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
+        """Compile a graph, or leave it as it came where the owner is gone."""
+        owner = self._owner()
+        if owner is None:
+            return graph_module.forward
+        return getattr(owner, self._method)(graph_module, example_inputs)
+
+
+def compiled_entry(model: nn.Module, backend: WeakBackend) -> Callable[..., Any]:
     """Return a compiled ``(module, *args, **kwargs)`` whose errors of ours arrive unwrapped."""
     compiled = torch.compile(isolated_entry(model), backend=backend)
 
@@ -72,7 +92,7 @@ class SiteRunner:
         """What the pipeline returned per graph; kept in mode ``discover`` only."""
         self._root = weakref.ref(model)
         self._current = threading.local()
-        self._entry = compiled_entry(model, self._compile)
+        self._entry = compiled_entry(model, WeakBackend(self, "compile"))
 
     def run(
         self,
@@ -105,9 +125,10 @@ class SiteRunner:
             )
         return result
 
-    def _compile(
+    def compile(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]
     ) -> Callable[..., Any]:
+        """Rewrite a graph for this runner; called by Dynamo."""
         from seer_compile.passes import pipeline
         from seer_compile.passes.site_names import SiteNames
 
