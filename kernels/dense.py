@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.attention.bias import causal_lower_right
 
 from seer_compile.kernels.break_even import TABLE, BreakEven
 from seer_compile.types import Visibility
@@ -119,16 +118,22 @@ def dense_attention(
     key, value = key[:, :, : form.k_len], value[:, :, : form.k_len]
     if not is_cpu and not (is_half and query.shape[-1] == value.shape[-1]):
         key, value = _expanded(key, query.shape[1]), _expanded(value, query.shape[1])
-    mask = causal_lower_right(q_len, form.k_len) if form.kind == "lower_right" else None
     return F.scaled_dot_product_attention(
         query,
         key,
         value,
-        attn_mask=mask,
+        attn_mask=_lower_right(q_len, form.k_len) if form.kind == "lower_right" else None,
         is_causal=form.kind == "causal",
         scale=scale,
         enable_gqa=key.shape[1] != query.shape[1],
     )
+
+
+def _lower_right(q_len: int, k_len: int) -> Tensor:
+    # Importing it loads Dynamo and Inductor.
+    from torch.nn.attention.bias import causal_lower_right
+
+    return causal_lower_right(q_len, k_len)
 
 
 def _folded(visibility: Visibility) -> Visibility:
