@@ -10,9 +10,11 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import seer_compile
 from seer_compile.types import SkipCode
+from support.inputs import generator
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -83,6 +85,26 @@ def test_example_calls_what_exists_with_arguments_that_bind(path, line, code):
             keywords = {item.arg: None for item in node.keywords if item.arg}
             if not has_stars:
                 inspect.signature(function).bind(*node.args, **keywords)
+
+
+@pytest.mark.slow
+def test_readme_example_runs(tmp_path, monkeypatch):
+    """With few steps on short text: that it runs, in this order, is the claim."""
+    monkeypatch.chdir(tmp_path)
+    code = next(code for path, _, code in BLOCKS if path.name == "README.md")
+    short = "density=0.1, config=seer_compile.CalibrationConfig(steps=3, holdout_batches=1)"
+    assert "density=0.1" in code
+    tokens = torch.randint(0, 100, (1, 192), generator=generator())
+    names = {
+        "name": str(ROOT / "examples" / "small_lm"),
+        "tokens": tokens,
+        "data": [tokens.roll(shift) for shift in range(5)],
+    }
+    exec(compile(code.replace("density=0.1", short), "README.md", "exec"), names)
+    assert names["output"].shape == (1, 192 + 20)
+    assert (tmp_path / "gates.safetensors").stat().st_size > 0
+    assert "<html" in (tmp_path / "report.html").read_text()
+    seer_compile.restore(names["model"])
 
 
 def test_readme_names_only_public_names():
