@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import copy
+import functools
 import inspect
 import pickle
 import re
@@ -16,12 +17,12 @@ from seer_compile import errors
 from seer_compile.errors import SeerError, SeerWarning
 
 ROOT = Path(__file__).resolve().parent.parent
-SOURCES = [
+SOURCES = tuple(
     path
     for folder in ("seer_compile", "passes", "kernels", "calibration")
     for path in (ROOT / folder).rglob("*.py")
     if path.name != "errors.py"
-]
+)
 ERRORS = sorted(
     (
         item
@@ -46,7 +47,8 @@ every_error = pytest.mark.parametrize("error", ERRORS, ids=lambda item: item.__n
 every_leaf = pytest.mark.parametrize("error", LEAVES, ids=lambda item: item.__name__)
 
 
-def names_called(paths, *, within: str | None = None) -> set[str]:
+@functools.cache
+def names_called(paths: tuple[Path, ...], *, within: str | None = None) -> set[str]:
     """Return the names of everything called; with ``within``, named in a call of that function."""
     found = set()
     for path in paths:
@@ -138,5 +140,4 @@ def test_error_is_raised_by_the_package(error):
 
 @every_leaf
 def test_error_is_raised_by_a_test(error):
-    tests = [path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__).resolve()]
-    assert error.__name__ in names_called(tests, within="raises")
+    assert error.__name__ in names_called(TESTS, within="raises")
