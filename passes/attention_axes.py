@@ -49,12 +49,24 @@ class Arrangement:
     batch: Letters
     heads: Letters
     kv_heads: Letters
+    factor: float
+    """What the graph multiplied query and key by before their product, left out here."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Candidate:
+    operand: Operand
+    factor: float
 
 
 def arrange(products: Products, book: AxisBook) -> Arrangement | None:
     """Return the operands and the output in canonical axes; None where no partition fits."""
     flat = book.resolve([letter for dimension in products.batch for letter in dimension])
     for batch_count in _partitions(products, book, len(flat)):
+        # Only a fixed number of heads may be unmerged from the batch.
+        is_cut = len(products.batch) == 1 and batch_count < len(flat)
+        if is_cut and not isinstance(book.size(flat[batch_count:]), int):
+            continue
         found = _arrange(products, book, flat[:batch_count], flat[batch_count:])
         if found is not None:
             return found
@@ -80,15 +92,25 @@ def _arrange(
     dims, value_dims = book.resolve(products.head_dim), book.resolve(products.value_dim)
     queries = _by_repetition(products.query, book, batch, heads, query_tokens, dims)
     keys = _by_repetition(products.key, book, batch, heads, key_tokens, dims)
-    values = _by_repetition(products.value, book, batch, heads, key_tokens, value_dims)
+    # Attention has no factor for values: those behind a multiplication do not count.
+    unscaled = [state for state in products.value if state.factor == 1]
+    values = _by_repetition(unscaled, book, batch, heads, key_tokens, value_dims)
     common = sorted(keys.keys() & values.keys())
     groups = (batch, heads, query_tokens, value_dims)
     steps = _steps_from_canonical(products.output, groups, book)
     if len(heads) not in queries or not common or steps is None:
         return None
     kept = common[0]
+    query, key, value = queries[len(heads)], keys[kept], values[kept]
     return Arrangement(
-        queries[len(heads)], keys[kept], values[kept], steps, batch, heads, heads[:kept]
+        query=query.operand,
+        key=key.operand,
+        value=value.operand,
+        output_steps=steps,
+        batch=batch,
+        heads=heads,
+        kv_heads=heads[:kept],
+        factor=query.factor * key.factor,
     )
 
 
@@ -99,17 +121,18 @@ def _by_repetition(
     heads: Letters,
     tokens: Letters,
     dims: Letters,
-) -> dict[int, Operand]:
+) -> dict[int, _Candidate]:
     """Return the simplest operand for each number of leading head letters that it still has."""
-    found: dict[int, Operand] = {}
+    found: dict[int, _Candidate] = {}
     for state in states:
         repeated = set(book.resolve(list(state.repeated)))
         kept = len(heads) - len(repeated)
         if kept < 0 or repeated != set(heads[kept:]):
             continue
         steps = _steps_to_canonical(state.layout, (batch, heads[:kept], tokens, dims), book)
-        if steps is not None and (kept not in found or len(steps) < len(found[kept].steps)):
-            found[kept] = Operand(node=state.node, steps=steps)
+        if steps is None or (kept in found and len(steps) >= len(found[kept].operand.steps)):
+            continue
+        found[kept] = _Candidate(Operand(node=state.node, steps=steps), state.factor)
     return found
 
 
@@ -117,7 +140,9 @@ def _steps_to_canonical(
     layout: Layout, groups: tuple[Letters, ...], book: AxisBook
 ) -> tuple[LayoutStep, ...] | None:
     """Return the calls that bring a tensor to one dimension per group."""
-    dimensions = [book.resolve(dimension) for dimension in layout]
+    dimensions, steps = _split_dimensions(layout, groups, book)
+    if dimensions is None:
+        return None
     blanks = [axis for axis, letters in enumerate(dimensions) if not letters]
     order: list[int] = []
     pieces: list[int] = []
@@ -131,7 +156,7 @@ def _steps_to_canonical(
         pieces.append(len(axes))
     if len(order) + len(blanks) != len(dimensions):
         return None
-    steps = [LayoutStep(aten.squeeze.dim, (axis,)) for axis in reversed(blanks)]
+    steps += [LayoutStep(aten.squeeze.dim, (axis,)) for axis in reversed(blanks)]
     order = [axis - sum(blank < axis for blank in blanks) for axis in order]
     if order != sorted(order):
         steps.append(LayoutStep(aten.permute.default, (order,)))
@@ -141,6 +166,23 @@ def _steps_to_canonical(
         elif count > 1:
             steps.append(LayoutStep(aten.flatten.using_ints, (place, place + count - 1)))
     return tuple(steps)
+
+
+def _split_dimensions(
+    layout: Layout, groups: tuple[Letters, ...], book: AxisBook
+) -> tuple[list[Letters] | None, list[LayoutStep]]:
+    """Unmerge dimensions that run over several groups, such as batch * heads."""
+    dimensions: list[Letters] = []
+    steps: list[LayoutStep] = []
+    for letters in layout:
+        runs = _runs(book.resolve(letters), groups)
+        if len(runs) > 1:
+            sizes = _static_sizes(runs, book)
+            if sizes is None:
+                return None, []
+            steps.append(LayoutStep(aten.unflatten.int, (len(dimensions), sizes)))
+        dimensions += runs or [()]
+    return dimensions, steps
 
 
 def _axes_of(group: Letters, dimensions: Sequence[Letters]) -> list[int] | None:

@@ -11,7 +11,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import sympy
+import torch
 from torch.fx import Node
+from torch.utils._sympy.functions import FloorDiv
 
 from seer_compile.passes.fx_utils import bound_arguments, is_known, tensor_shape
 
@@ -44,7 +47,7 @@ class AxisBook:
         """Split a letter into an outer and an inner half of these sizes."""
         halves = (f"{letter}0", f"{letter}1")
         self._halves[letter] = halves
-        self.sizes[halves[0]], self.sizes[halves[1]] = outer, inner
+        self.sizes[halves[0]], self.sizes[halves[1]] = _plain(outer), _plain(inner)
         return halves
 
     def regroup(self, layout: Layout, shape: Sequence[Any]) -> Layout | None:
@@ -80,6 +83,14 @@ class AxisBook:
                 letters.insert(0, rest)
             group.append(letter)
         return tuple(group)
+
+
+def _plain(size: Any) -> Any:
+    """Return a symbolic size that is a number after all, such as ``4 * s // s``, as ``int``."""
+    if not isinstance(size, torch.SymInt):
+        return size
+    expression = sympy.cancel(size.node.expr.replace(FloorDiv, lambda a, b: a / b))
+    return int(expression) if expression.is_Integer else size
 
 
 def permuted(node: Node, layout: Layout) -> Layout | None:

@@ -19,13 +19,13 @@ from torch.fx import GraphModule, Node
 
 from seer_compile.passes.attention_axes import Arrangement, arrange
 from seer_compile.passes.constant_scalars import ConstantScalars
-from seer_compile.passes.fx_utils import packet_of, tensor_shape
+from seer_compile.passes.fx_utils import fake_value, packet_of, tensor_shape
 from seer_compile.passes.match_decomposed import SOFTMAXES, match_decomposed
 from seer_compile.passes.match_fused import match_flex, match_fused
 from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
 from seer_compile.passes.site_names import SiteCounter, SiteNames
-from seer_compile.types import AttentionSite, Operand, SkipCode
+from seer_compile.types import AttentionSite, LayoutStep, Operand, SkipCode
 
 aten = torch.ops.aten
 
@@ -94,19 +94,20 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
     assert products is not None
     head_dim = int(book.size(book.resolve(products.head_dim)))
     letters = _canonical_letters(match, arrangement)
+    scale = 1 / math.sqrt(head_dim) if match.scale is None else match.scale
     return AttentionSite(
         name=name,
         kind=match.kind,
-        query=arrangement.query,
-        key=arrangement.key,
-        value=arrangement.value,
+        query=_in_dtype(arrangement.query, match.reader, match.output),
+        key=_in_dtype(arrangement.key, match.reader, match.output),
+        value=_in_dtype(arrangement.value, match.output, match.output),
         output=match.output,
         output_steps=arrangement.output_steps,
         heads=int(book.size(arrangement.heads)),
         kv_heads=int(book.size(arrangement.kv_heads)),
         head_dim=head_dim,
         value_dim=int(book.size(book.resolve(products.value_dim))),
-        scale=1 / math.sqrt(head_dim) if match.scale is None else match.scale,
+        scale=scale * arrangement.factor,
         mask_terms=tuple(
             term._replace(axes=tuple(_renamed(book.resolve(axis), letters) for axis in term.axes))
             for term in match.mask_terms
@@ -120,6 +121,27 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
         reader=match.reader,
         graph_path=path,
     )
+
+
+def _in_dtype(operand: Operand, product: Node, output: Node) -> Operand:
+    """Return the operand in the dtype that its product computes in.
+
+    Autocast rounds operands inside the product; that becomes a step. Operands widened for the
+    product alone are taken before: the operators accumulate in float32 anyway.
+    """
+    if not isinstance(fake_value(output), torch.Tensor):
+        return operand
+    dtype, computed = fake_value(operand.node).dtype, fake_value(product).dtype
+    if dtype == fake_value(output).dtype:
+        return operand
+    source = operand.node.args[0] if packet_of(operand.node) in (aten.to, aten._to_copy) else None
+    if isinstance(source, Node) and fake_value(source).dtype == fake_value(output).dtype:
+        is_wider = torch.promote_types(fake_value(source).dtype, dtype) == dtype
+        return Operand(node=source, steps=operand.steps) if is_wider else operand
+    if dtype == computed:
+        return operand
+    cast = LayoutStep(aten.to.dtype, (computed,))
+    return Operand(node=operand.node, steps=(*operand.steps, cast))
 
 
 def _canonical_letters(

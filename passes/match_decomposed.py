@@ -21,11 +21,11 @@ from seer_compile.passes.mutation import Mutations
 from seer_compile.passes.peel_layouts import peel
 from seer_compile.passes.trace_logits import (
     COPIES,
-    OBSERVERS,
     VIEWS,
     LogitChain,
     Number,
     leads_to_product,
+    only_observes,
     trace_logits,
 )
 from seer_compile.types import MaskTerm, SkipCode, SkipReason
@@ -130,7 +130,7 @@ def _routes_to_product(weights: Node) -> tuple[list[list[Node]], list[Node]]:
                 routes.append([*route, user])
             elif _passes_weights(user, node) and len(route) < _LONGEST:
                 pending.append((user, [*route, user]))
-            elif packet not in OBSERVERS:
+            elif not only_observes(user, node):
                 escapes.append(user)
     order = {node: place for place, node in enumerate(weights.graph.nodes)}
     return sorted(routes, key=lambda route: order[route[-1]]), escapes
@@ -141,7 +141,7 @@ def _passes_weights(user: Node, weights: Node) -> bool:
     packet = packet_of(user)
     is_known = packet in (*COPIES, *VIEWS, *_DROPOUTS, *_HARMLESS, aten.slice)
     is_known = is_known or packet in (aten.transpose, aten.permute, aten.swapaxes, aten.mT)
-    return is_known and user.args[0] is weights and any(True for _ in user.users)
+    return is_known and user.args[0] is weights
 
 
 def _check_chain(match: Match, chain: LogitChain, mutations: Mutations) -> None:
@@ -151,7 +151,7 @@ def _check_chain(match: Match, chain: LogitChain, mutations: Mutations) -> None:
     inside = _between(chain.product, match.softmax) | chain.helpers
     for node in inside - {match.softmax} - chain.helpers:
         for user in node.users:
-            if user not in inside and packet_of(user) not in OBSERVERS:
+            if user not in inside and not only_observes(user, node):
                 match.refuse(SkipCode.WEIGHTS_ESCAPE, f"`{user.name}` reads the logits")
                 return
             if mutations.writer_between(node, node, user) is not None and user in members:

@@ -1,6 +1,7 @@
 """From an operand of a product back through the layout calls that made it.
 
     k -> [:, :, None] -> expand -> reshape -> transpose -> matmul
+    q -> reshape(batch * heads) -> mul(0.125) -> bmm
 
 The keys behind the expansion are what attention over groups of query heads reads; each step back
 is recorded, and the caller picks the one that gives the canonical axes.
@@ -8,7 +9,7 @@ is recorded, and the caller picks the one that gives the canonical axes.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -36,6 +37,8 @@ class Peeled:
     node: Node
     layout: Layout
     repeated: frozenset[str] = frozenset()
+    factor: float = 1.0
+    """What the graph multiplies this tensor by on the way to the operand."""
 
 
 def peel(node: Node, layout: Layout, repeated: frozenset[str], book: AxisBook) -> list[Peeled]:
@@ -64,27 +67,41 @@ def _step(state: Peeled, book: AxisBook) -> Peeled | None:
     if packet in _COPIES:
         before, after = fake_value(source), fake_value(node)
         is_same = before.dtype == after.dtype and before.device == after.device
-        return Peeled(source, state.layout, state.repeated) if is_same else None
+        return replace(state, node=source) if is_same else None
+    if packet in (aten.mul, aten.div):
+        return _unscale(state, source)
     if packet in _VIEWS:
         layout = book.regroup(state.layout, shape_of(source))
-        return None if layout is None else Peeled(source, layout, state.repeated)
+        return None if layout is None else replace(state, node=source, layout=layout)
     if permutation_of(node, len(state.layout)) is not None:
         layout = unpermuted(node, state.layout)
-        return None if layout is None else Peeled(source, layout, state.repeated)
+        return None if layout is None else replace(state, node=source, layout=layout)
     return _unrepeat(state, source, packet, book)
+
+
+def _unscale(state: Peeled, source: Node) -> Peeled | None:
+    """Step back over a multiplication by a number."""
+    number = state.node.args[1]
+    is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and number != 0
+    before, after = fake_value(source), fake_value(state.node)
+    is_plain = before.dtype == after.dtype and bound_arguments(state.node).get("rounding_mode") is None
+    if not is_number or not is_plain:
+        return None
+    factor = float(number) if packet_of(state.node) is aten.mul else 1 / float(number)
+    return replace(state, node=source, factor=state.factor * factor)
 
 
 def _unrepeat(state: Peeled, source: Node, packet: Any, book: AxisBook) -> Peeled | None:
     layout = list(state.layout)
     if packet is aten.unsqueeze:
         gone = layout.pop(bound_arguments(state.node)["dim"] % len(layout))
-        return None if gone else Peeled(source, tuple(layout), state.repeated)
+        return None if gone else replace(state, node=source, layout=tuple(layout))
     if packet is aten.slice:
         is_whole = all(
             is_known(new == old)
             for new, old in zip(shape_of(state.node), shape_of(source), strict=True)
         )
-        return Peeled(source, state.layout, state.repeated) if is_whole else None
+        return replace(state, node=source) if is_whole else None
     if packet in (aten.expand, aten.repeat):
         return _unexpand(state, source, packet)
     if packet is aten.repeat_interleave:
@@ -105,7 +122,7 @@ def _unexpand(state: Peeled, source: Node, packet: Any) -> Peeled | None:
             return None
         repeated |= set(layout[axis])
         layout[axis] = ()
-    return Peeled(source, tuple(layout), frozenset(repeated))
+    return replace(state, node=source, layout=tuple(layout), repeated=frozenset(repeated))
 
 
 def _uninterleave(state: Peeled, source: Node, book: AxisBook) -> Peeled | None:
@@ -120,4 +137,5 @@ def _uninterleave(state: Peeled, source: Node, book: AxisBook) -> Peeled | None:
     if halves is None:
         return None
     layout = [*state.layout[:axis], halves[0], *state.layout[axis + 1 :]]
-    return Peeled(source, tuple(layout), state.repeated | set(halves[1]))
+    repeated = state.repeated | set(halves[1])
+    return replace(state, node=source, layout=tuple(layout), repeated=repeated)

@@ -40,8 +40,7 @@ VIEWS = (
     aten.unsqueeze,
     aten.expand,
 )
-# Calls that only look at a tensor's metadata.
-OBSERVERS = (aten._assert_tensor_metadata, aten.sym_size, aten.sym_stride, aten.sym_numel)
+_OBSERVERS = (aten._assert_tensor_metadata, aten.sym_size, aten.sym_stride, aten.sym_numel)
 _PRODUCES_FRESH_VALUES = (aten.linear, aten.mm, aten.addmm, aten.embedding)
 _LONGEST = 40
 _DEEPEST = 12
@@ -261,6 +260,13 @@ def _require_same_shape(node: Node, source: Any) -> None:
         raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` broadcasts the logits")
     if not all(is_known(old == new) for old, new in zip(before, after, strict=True)):
         raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` broadcasts the logits")
+
+
+def only_observes(user: Node, node: Node) -> bool:
+    """Whether a reader looks at a tensor's metadata only, or does nothing with it."""
+    packet = packet_of(user)
+    is_type = packet is aten.type_as and user.args[0] is not node
+    return packet in _OBSERVERS or is_type
 
 
 def leads_to_product(value: Any) -> bool:

@@ -96,7 +96,7 @@ def check_all(inspected):
     recorder = _Recorder(GraphModule(graph_module, graph_module.graph))
     names = {node.name: node for node in recorder.module.graph.nodes}
     with torch.no_grad():
-        inputs = [x.clone() if isinstance(x, Tensor) else x for x in inspected.captured.inputs]
+        inputs = [_concrete(x) for x in inspected.captured.inputs]
         recorder.run(*inputs)
 
     def value(item):
@@ -188,3 +188,8 @@ def fused_layers_off():
         yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
+
+
+def _concrete(value):
+    """An input that a run may change, with its real size where it is symbolic."""
+    return value.clone() if isinstance(value, Tensor) else int(value)
