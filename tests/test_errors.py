@@ -23,17 +23,12 @@ SOURCES = tuple(
     for path in (ROOT / folder).rglob("*.py")
     if path.name != "errors.py"
 )
+TESTS = tuple(path for path in (ROOT / "tests").rglob("*.py") if path != Path(__file__).resolve())
+CLASSES = [item for _, item in inspect.getmembers(errors, inspect.isclass)]
 ERRORS = sorted(
-    (
-        item
-        for _, item in inspect.getmembers(errors, inspect.isclass)
-        if issubclass(item, SeerError)
-    ),
-    key=lambda item: item.code,
+    (item for item in CLASSES if issubclass(item, SeerError)), key=lambda item: item.code
 )
-WARNINGS = [
-    item for _, item in inspect.getmembers(errors, inspect.isclass) if issubclass(item, SeerWarning)
-]
+WARNINGS = [item for item in CLASSES if issubclass(item, SeerWarning)]
 LEAVES = [item for item in ERRORS if not item.__subclasses__()]
 BUILTINS = {
     "1": ValueError,
