@@ -44,19 +44,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, 2 for a wrong input or a request that cannot be met, 130 when interrupted.
     """
-    from seer_compile import cli_commands  # the parser stays fast: torch loads with this
-
     args = build_parser().parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    run = {
-        "explain": cli_commands.explain,
-        "calibrate": cli_commands.calibrate,
-        "evaluate": cli_commands.evaluate,
-        "export": cli_commands.export,
-        "demo": cli_commands.demo,
-    }[args.verb]
+    # Torch is loaded with the verbs, so that --help and a wrong flag answer at once.
+    from seer_compile.cli_commands import VERBS
+
     try:
-        run(args)
+        VERBS[args.verb](args)
     except SeerError as error:
         sys.stderr.write(f"seer-compile {args.verb}: {error}\n")
         return EXIT_BAD_INPUT
@@ -134,6 +128,9 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "behind all but dense _top_p or _fraction fixes the selector",
     )
     parser.add_argument("--sequences", type=int, default=8, help="windows per length")
+    parser.add_argument(
+        "--inner", default="inductor", help="Dynamo backend below the gates (%(default)s)"
+    )
     parser.add_argument("--retrieval", type=int, default=16, help="planted keys per window")
     _add_training(parser)
     _add_common(parser)

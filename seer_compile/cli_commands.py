@@ -11,13 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seer_compile import api, console, explaining, exporting
-from seer_compile import demo as demo_module
+from seer_compile.api import calibrate, optimize, restore, save_gates
 from seer_compile.budget_curve import check_fraction
 from seer_compile.config import CalibrationConfig, GateConfig
+from seer_compile.console import (
+    Progress,
+    evaluation_text,
+    versions,
+    versions_line,
+    write_json,
+    write_out,
+)
+from seer_compile.demo import run_demo
 from seer_compile.errors import SeerInputError
 from seer_compile.evaluate import EvaluationRow, Evaluator
 from seer_compile.evaluation_methods import Method, parse_method
+from seer_compile.explaining import explain
+from seer_compile.exporting import export
 from seer_compile.gate_store import GateStore
 from seer_compile.model_loading import (
     choose_device,
@@ -30,29 +40,29 @@ from seer_compile.token_data import CalibrationWindows, planted_windows, read_to
 _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
-def explain(args: Namespace) -> None:
+def run_explain(args: Namespace) -> None:
     """Print which attention sites of a model can be sparse."""
     device = choose_device(args.device)
     model = load_model(args.model, device=device, dtype=args.dtype)
-    explanation = explaining.explain(model, draw=args.draw, **_example(model, args.length, device))
-    console.write_out(str(explanation))
+    explanation = explain(model, draw=args.draw, **_example(model, args.length, device))
+    write_out(str(explanation))
     sites = [dataclasses.asdict(summary) for summary in explanation.sites]
-    content = {"model": args.model, "versions": console.versions(device), "sites": sites}
-    console.write_json(args.json, content)
+    content = {"model": args.model, "versions": versions(device), "sites": sites}
+    write_json(args.json, content)
 
 
-def calibrate(args: Namespace) -> None:
+def run_calibrate(args: Namespace) -> None:
     """Train gates, save them, and print the report."""
-    notify = console.Progress()
+    notify = Progress()
     device = choose_device(args.device)
-    found = console.versions(device)
-    notify(console.versions_line(found))
+    found = versions(device)
+    notify(versions_line(found))
     model = load_model(args.model, device=device, dtype=args.dtype)
     data = _calibration_data(args, args.tokens, model)
     config = _training_config(args, args.gate_config)
     notify(_calibration_plan(args, data))
-    model = api.optimize(model, config=_gate_config(args.gate_config))
-    report = api.calibrate(
+    model = optimize(model, config=_gate_config(args.gate_config))
+    report = calibrate(
         model,
         data,
         config=config,
@@ -60,26 +70,24 @@ def calibrate(args: Namespace) -> None:
         mass=args.mass,
         checkpoint_dir=args.checkpoint_dir,
     )
-    api.save_gates(model, args.out)
+    save_gates(model, args.out)
     if args.report:
         report.save_html(args.report)
-    console.write_out(str(report))
+    write_out(str(report))
     notify(f"gates written to {args.out}")
-    console.write_json(
-        args.json, {"versions": found, "gates": str(args.out), "summary": report.summary()}
-    )
+    write_json(args.json, {"versions": found, "gates": str(args.out), "summary": report.summary()})
 
 
-def evaluate(args: Namespace) -> None:
+def run_evaluate(args: Namespace) -> None:
     """Measure methods side by side."""
-    notify = console.Progress()
+    notify = Progress()
     methods = [parse_method(name) for name in dict.fromkeys(args.methods)]
     for density in args.densities:
         check_fraction("densities", density)
     _check_gates_available(methods, args)
     device = choose_device(args.device)
-    found = console.versions(device)
-    notify(console.versions_line(found))
+    found = versions(device)
+    notify(versions_line(found))
     model = load_model(args.model, device=device, dtype=args.dtype)
     tokens = read_token_file(args.tokens, vocabulary=vocabulary_size(model))
     tokenizer = load_tokenizer(args.model) if args.retrieval else None
@@ -102,8 +110,8 @@ def evaluate(args: Namespace) -> None:
         args.densities,
         prepare=lambda base: _prepare_gates(args, base, model, notify),
     )
-    console.write_out(console.evaluation_text(rows))
-    console.write_json(
+    write_out(evaluation_text(rows))
+    write_json(
         args.json,
         {
             "model": args.model,
@@ -116,9 +124,9 @@ def evaluate(args: Namespace) -> None:
     )
 
 
-def export(args: Namespace) -> None:
+def run_export(args: Namespace) -> None:
     """Write a program that answers sparsely in another process."""
-    notify = console.Progress()
+    notify = Progress()
     device = choose_device(args.device)
     model = load_model(args.model, device=device, dtype=args.dtype)
     longest = args.max_length or getattr(model.config, "max_position_embeddings", None)
@@ -126,17 +134,12 @@ def export(args: Namespace) -> None:
     length = torch.export.Dim("tokens", min=2, max=longest)
     shapes = {name: {1: length} if isinstance(example[name], Tensor) else None for name in example}
     notify(f"exporting {args.model} for 2 to {longest or 'any number of'} tokens")
-    program = exporting.export(model, (), example, dynamic_shapes=shapes, gates=args.gates)
+    program = export(model, (), example, dynamic_shapes=shapes, gates=args.gates)
     torch.export.save(program, args.out)
     size = args.out.stat().st_size
-    console.write_out(f"wrote {args.out} ({size / 1e6:.1f} MB)")
-    content = {"program": str(args.out), "bytes": size, "versions": console.versions(device)}
-    console.write_json(args.json, content)
-
-
-def demo(args: Namespace) -> None:
-    """Run the whole story on the bundled model."""
-    demo_module.run(args)
+    write_out(f"wrote {args.out} ({size / 1e6:.1f} MB)")
+    content = {"program": str(args.out), "bytes": size, "versions": versions(device)}
+    write_json(args.json, content)
 
 
 def run_methods(
@@ -207,18 +210,18 @@ def _prepare_gates(
 ) -> GateStore:
     """Optimize the model in place with loaded or newly trained gates."""
     if hasattr(model, "seer_gates"):
-        api.restore(model)
+        restore(model)
     if args.gates:
         notify(f"loading {args.gates}")
-        api.optimize(model, gates=args.gates)
+        optimize(model, gates=args.gates, inner=args.inner)
         return _store(model)
     kind = "paper" if base == "paper_gate" else args.gate_config
     data = _calibration_data(args, args.calibrate, model)
     notify(f"{base}: {_calibration_plan(args, data)}")
-    api.optimize(model, config=_gate_config(kind))
+    optimize(model, config=_gate_config(kind), inner=args.inner)
     # Budgets follow from curves; the lengths to be measured belong on them.
     longer = [length for length in args.lengths if length not in args.calibration_lengths]
-    report = api.calibrate(
+    report = calibrate(
         model,
         data,
         config=_training_config(args, kind),
@@ -299,3 +302,12 @@ def _example(model: nn.Module, length: int, device: torch.device) -> dict[str, A
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
+
+
+VERBS: dict[str, Callable[[Namespace], None]] = {
+    "explain": run_explain,
+    "calibrate": run_calibrate,
+    "evaluate": run_evaluate,
+    "export": run_export,
+    "demo": run_demo,
+}

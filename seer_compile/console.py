@@ -96,7 +96,7 @@ def evaluation_cells(row: EvaluationRow) -> tuple[str, ...]:
     return (
         row.method,
         f"{row.length:,}",
-        "" if row.asked_density is None else f"{row.asked_density:g}",
+        "" if row.asked_density is None else f"{row.asked_density:.3g}",
         f"{row.density:.3f}",
         f"{row.perplexity:.3f}",
         f"{row.ratio:.4f}",
@@ -111,7 +111,7 @@ def evaluation_text(rows: Sequence[EvaluationRow]) -> str:
     """Return an evaluation as a table, with notes on what needs one."""
     text = render_table(EVALUATION_HEADER, [evaluation_cells(row) for row in rows])
     notes = [
-        f"{row.method} at {row.length:,} tokens, density {row.asked_density:g}: "
+        f"{row.method} at {row.length:,} tokens, density {row.asked_density:.3g}: "
         f"{count} calls answered densely ({path.removeprefix('dense:')})"
         for row in rows
         for path, count in row.dense_calls.items()

@@ -16,19 +16,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from seer_compile import api, console, corpus, explaining
+from seer_compile.api import calibrate, optimize
 from seer_compile.calibration.report import CalibrationReport
 from seer_compile.calibration.report_html import render_html
 from seer_compile.config import CalibrationConfig
+from seer_compile.console import (
+    EVALUATION_HEADER,
+    Progress,
+    evaluation_cells,
+    evaluation_text,
+    versions,
+    versions_line,
+    write_json,
+    write_out,
+)
+from seer_compile.corpus import encode_files, standard_library_files
 from seer_compile.errors import SeerInputError
 from seer_compile.evaluate import EvaluationRow, Evaluator
 from seer_compile.evaluation_methods import parse_method
+from seer_compile.explaining import explain
 from seer_compile.gate_store import GateStore
 from seer_compile.model_loading import load_model, load_tokenizer
 from seer_compile.token_data import CalibrationWindows, planted_windows
 
-METHODS = ("dense", "gate", "oracle", "sink_local")
-KEYS = 16
+# Few enough that the text is still mostly code: planted lines attract attention of their own.
+KEYS = 8
 _HOLDOUT = 2
 _FORWARD: dict[str, Any] = {"use_cache": False}
 
@@ -52,19 +64,19 @@ def bundled_model() -> Path:
     )
 
 
-def run(args: Namespace) -> None:
+def run_demo(args: Namespace) -> None:
     """Explain, calibrate, measure, and write ``args.report``."""
-    notify = console.Progress()
+    notify = Progress()
     device = torch.device("cpu")
     folder = str(args.model or bundled_model())
-    found = console.versions(device)
-    notify(console.versions_line(found))
+    found = versions(device)
+    notify(versions_line(found))
     notify(f"about three minutes on two CPU cores; {folder}, {args.length:,} tokens a sequence")
     model = load_model(folder, device=device)
     tokenizer = load_tokenizer(folder)
 
-    example = torch.zeros(1, args.length, dtype=torch.int64)
-    console.write_out(str(explaining.explain(model, input_ids=example, **_FORWARD)))
+    example = torch.zeros(1, min(args.length, 512), dtype=torch.int64)
+    write_out(str(explain(model, input_ids=example, **_FORWARD)))
     calibration_tokens, held_out_tokens = _texts(args, tokenizer)
     windows = {
         args.length: planted_windows(
@@ -77,19 +89,15 @@ def run(args: Namespace) -> None:
         )
     }
     evaluator = Evaluator(model, windows, model_arguments=_FORWARD, notify=notify)
-    rows = _measure(evaluator, args.length, ("dense", "oracle", "sink_local"), args.densities)
+    rows = [evaluator.run(parse_method("dense"), args.length, None)]
     report = _calibrate(model, calibration_tokens, args, notify)
-    store = model.get_submodule("seer_gates")
-    if not isinstance(store, GateStore):
-        raise SeerInputError(argument="model", got=type(store).__name__, expected="gates")
-    rows += _measure(evaluator, args.length, ("gate",), args.densities, store)
-    rows.sort(key=lambda row: (-(row.asked_density or 1.0), METHODS.index(row.method)))
-
-    text = console.evaluation_text(rows)
-    console.write_out(text)
+    for density in args.densities:
+        rows += _compare(evaluator, args.length, density, model)
+    text = evaluation_text(rows)
+    write_out(text)
     args.report.write_text(_page(report, rows, found), encoding="utf-8")
     notify(f"report written to {args.report}")
-    console.write_json(
+    write_json(
         args.json,
         {
             "model": folder,
@@ -103,13 +111,13 @@ def run(args: Namespace) -> None:
 
 def _texts(args: Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
     """Return text to calibrate on and text to measure on: files the model was trained on or not."""
-    training = corpus.encode_files(
-        corpus.standard_library_files(held_out=False),
+    training = encode_files(
+        standard_library_files(held_out=False),
         tokenizer,
         max_tokens=(args.steps + _HOLDOUT) * args.length,
     )
-    held_out = corpus.encode_files(
-        corpus.standard_library_files(held_out=True),
+    held_out = encode_files(
+        standard_library_files(held_out=True),
         tokenizer,
         max_tokens=4 * args.sequences * args.length,
     )
@@ -117,7 +125,7 @@ def _texts(args: Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _calibrate(
-    model: nn.Module, tokens: np.ndarray, args: Namespace, notify: console.Progress
+    model: nn.Module, tokens: np.ndarray, args: Namespace, notify: Progress
 ) -> CalibrationReport:
     data = CalibrationWindows(
         tokens=tokens,
@@ -134,37 +142,37 @@ def _calibrate(
         seed=args.seed,
     )
     notify(f"calibrating {args.steps} steps")
-    api.optimize(model)
-    return api.calibrate(model, data, config=config, density=args.densities[0])
+    # Compiling for speed needs a C++ compiler and half a minute; the demo is about quality.
+    optimize(model, inner="aot_eager")
+    return calibrate(model, data, config=config, density=args.densities[0])
 
 
-def _measure(
-    evaluator: Evaluator,
-    length: int,
-    names: Sequence[str],
-    densities: Sequence[float],
-    store: GateStore | None = None,
+def _compare(
+    evaluator: Evaluator, length: int, density: float, model: nn.Module
 ) -> list[EvaluationRow]:
-    rows: list[EvaluationRow] = []
-    for name in names:
-        method = parse_method(name)
-        asked = (None,) if name == "dense" else densities
-        rows += [evaluator.run(method, length, density, store) for density in asked]
-    return rows
+    """Measure the gate, and the oracle and the static control at the density that it had."""
+    store = model.get_submodule("seer_gates")
+    if not isinstance(store, GateStore):
+        raise SeerInputError(argument="model", got=type(store).__name__, expected="gates")
+    gate = evaluator.run(parse_method("gate"), length, density, store)
+    others = [
+        evaluator.run(parse_method(name), length, gate.density) for name in ("oracle", "sink_local")
+    ]
+    return [gate, *others]
 
 
 def _page(report: CalibrationReport, rows: Sequence[EvaluationRow], found: dict[str, str]) -> str:
     """Return the calibration's page with the comparison in front."""
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in console.EVALUATION_HEADER)
+    head = "".join(f"<th>{html.escape(name)}</th>" for name in EVALUATION_HEADER)
     body = "".join(
         "<tr>"
-        + "".join(f"<td>{html.escape(cell)}</td>" for cell in console.evaluation_cells(row))
+        + "".join(f"<td>{html.escape(cell)}</td>" for cell in evaluation_cells(row))
         + "</tr>"
         for row in rows
     )
     section = (
         "<h1>Sparse attention on held-out files</h1>"
-        f"<p>{html.escape(console.versions_line(found))}</p>"
+        f"<p>{html.escape(versions_line(found))}</p>"
         f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
         "<p>Density is kept blocks / visible blocks. Ratio is perplexity / dense perplexity on "
         "ordinary tokens. Retrieval is the share of planted keys whose value is predicted in "

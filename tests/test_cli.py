@@ -1,0 +1,180 @@
+"""The command line: verbs, exit codes, messages, JSON. Nothing here reads a printed table."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from seer_compile import cli
+from seer_compile.errors import SeerInputError
+
+EVALUATE = "evaluate --model {model} --tokens {tokens} --device cpu"
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """Return a folder with a tiny Llama and its tokenizer, and a token file."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(alphabet)}, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=256,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=1024,
+        )
+        LlamaForCausalLM(config).save_pretrained(folder)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    np.random.default_rng(0).integers(0, 256, 20_000).astype("<u2").tofile(folder / "tokens.u16")
+    return folder
+
+
+def run(line, tiny, **places):
+    words = line.format(model=tiny, tokens=tiny / "tokens.u16", **places).split()
+    return cli.main(words)
+
+
+@pytest.mark.parametrize("verb", ["explain", "calibrate", "evaluate", "export", "demo"])
+def test_every_verb_has_help_and_json(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--help"])
+    assert stop.value.code == 0
+    assert "--json" in capsys.readouterr().out
+
+
+def test_an_unknown_verb_or_no_verb_ends_with_code_2():
+    for words in (["nonsense"], []):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(words)
+        assert stop.value.code == 2
+
+
+@pytest.mark.parametrize(
+    ("extra", "message"),
+    [
+        ("--methods nonsense", "methods='nonsense'"),
+        ("--methods gate", "Give --gates G or --calibrate FILE"),
+        ("--methods paper_gate --gates g.safetensors", "trains gates of its own"),
+        ("--methods dense --densities 1.5", "densities=1.5"),
+        ("--methods dense --lengths 30000", "20000 tokens"),
+        ("--methods dense --lengths 512 --retrieval 500", "keys=500"),
+        ("--methods dense --lengths 512 --sequences 0", "count=0"),
+        ("--methods dense --device tpu9", "device='tpu9'"),
+        ("--methods gate --gates absent.safetensors --lengths 256 --retrieval 0", "absent"),
+    ],
+)
+def test_wrong_input_ends_with_code_2_and_says_what(extra, message, tiny, capsys):
+    assert run(f"{EVALUATE} {extra}", tiny) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert captured.out == ""
+
+
+def test_missing_files_are_named(tiny, tmp_path, capsys):
+    words = ["evaluate", "--methods", "dense", "--tokens", "absent.u16"]
+    assert cli.main([*words, "--model", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+    assert cli.main([*words, "--model", str(tiny)]) == 2
+    assert "absent.u16" in capsys.readouterr().err
+
+
+def test_explain_writes_every_site(tiny, tmp_path):
+    path = tmp_path / "out.json"
+    assert run("explain --model {model} --json {out}", tiny, out=path) == 0
+    found = json.loads(path.read_text())
+    assert [site["decision"] for site in found["sites"]] == ["sparse", "sparse"]
+    assert [site["name"] for site in found["sites"]] == [
+        f"model.layers.{layer}.self_attn" for layer in range(2)
+    ]
+
+
+@pytest.fixture(scope="module")
+def evaluation(tiny, tmp_path_factory):
+    """Return the JSON of one evaluation that uses every kind of method."""
+    path = tmp_path_factory.mktemp("evaluation") / "out.json"
+    line = (
+        f"{EVALUATE} --calibrate {{tokens}} --lengths 512 --densities 0.5 0.3 --sequences 2 "
+        "--methods dense gate gate_top_p oracle sink_local paper_gate --retrieval 4 "
+        "--steps 3 --calibration-length 512 --json {out}"
+    )
+    assert run(line, tiny, out=path) == 0
+    return json.loads(path.read_text())
+
+
+@pytest.mark.slow
+def test_evaluation_has_a_row_per_method_and_density(evaluation):
+    found = [(row["method"], row["asked_density"]) for row in evaluation["rows"]]
+    sparse = ["gate", "gate_top_p", "oracle", "sink_local", "paper_gate"]
+    assert found == [("dense", None)] + [(name, d) for d in (0.5, 0.3) for name in sparse]
+    assert all(row["length"] == 512 and row["keys"] == 8 for row in evaluation["rows"])
+
+
+@pytest.mark.slow
+def test_evaluation_measures_what_it_says(evaluation):
+    rows = {(row["method"], row["asked_density"]): row for row in evaluation["rows"]}
+    dense = rows["dense", None]
+    assert dense["ratio"] == 1.0
+    assert dense["density"] == 1.0
+    # Eight blocks a row leave few densities to choose from.
+    for name in ("gate_top_p", "oracle"):
+        for density in (0.5, 0.3):
+            assert abs(rows[name, density]["density"] - density) < 0.08
+    for row in rows.values():
+        assert row["attention_ms"] > 0
+        assert row["end_to_end_ms"] > 0
+        assert np.isclose(row["ratio"], np.exp(row["loss"] - dense["loss"]))
+        assert row["retrieval"] is not None
+    assert {"torch", "transformers", "device"} <= evaluation["versions"].keys()
+
+
+@pytest.mark.slow
+def test_calibrate_saves_gates_that_evaluate_and_export_use(tiny, tmp_path):
+    gates, program, out = (tmp_path / name for name in ("g.safetensors", "p.pt2", "o.json"))
+    line = (
+        "calibrate --model {model} --tokens {tokens} --out {gates} --steps 3 --device cpu "
+        "--calibration-length 512 --density 0.4 --report {page} --json {out}"
+    )
+    assert run(line, tiny, gates=gates, page=tmp_path / "r.html", out=out) == 0
+    assert json.loads(out.read_text())["summary"]["steps"] == 3
+    assert "<svg" in (tmp_path / "r.html").read_text()
+    line = f"{EVALUATE} --gates {{gates}} --lengths 512 --densities 0.4 --sequences 1 "
+    assert run(line + "--methods gate --retrieval 0 --json {out}", tiny, gates=gates, out=out) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    assert row["method"] == "gate"
+    assert row["retrieval"] is None
+    line = "export --model {model} --gates {gates} --out {program}"
+    assert run(line, tiny, gates=gates, program=program) == 0
+    loaded = torch.export.load(program).module()
+    tokens = torch.arange(300)[None] % 256
+    logits = loaded(input_ids=tokens, use_cache=False).logits
+    assert logits.shape == (1, 300, 256)
+
+
+def test_interruption_ends_with_code_130(tiny, monkeypatch):
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("seer_compile.cli_commands.load_model", interrupt)
+    assert run("explain --model {model}", tiny) == 130
+
+
+def test_demo_without_a_bundled_model_says_what_to_do(monkeypatch, tmp_path):
+    from seer_compile import demo
+
+    monkeypatch.setattr(demo, "__file__", str(tmp_path / "seer_compile" / "demo.py"))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SeerInputError, match="checkout of the repository"):
+        demo.bundled_model()
