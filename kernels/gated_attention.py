@@ -223,11 +223,13 @@ def project(pooled: Tensor, weight: Tensor) -> Tensor:
         weight: ``Float32[h p e]``.
 
     Returns:
-        ``Float32[b h t e]``.
+        ``Float[b h t e]``.
 
     Numerics:
-        On CUDA, 16-bit inputs are multiplied by weights rounded to their dtype and accumulate in
-        float32: float32 products would not run on the tensor cores.
+        On CUDA, 16-bit inputs are multiplied by weights rounded to their dtype, accumulate in
+        float32 and come out in their dtype: float32 products would not run on the tensor cores,
+        and scores of float32 features took 3.7 ms a layer where 0.3 ms of attention followed
+        (H200, 8 heads, 32,768 tokens).
     """
     batch, heads, units, channels = pooled.shape
     groups = weight.shape[0] // heads
@@ -236,7 +238,7 @@ def project(pooled: Tensor, weight: Tensor) -> Tensor:
     left = pooled.reshape(batch * heads, units, channels)
     right = weight.expand(batch, -1, -1, -1).flatten(0, 1)
     if pooled.is_cuda and pooled.dtype in (torch.float16, torch.bfloat16):
-        features = torch.bmm(left, right.to(pooled.dtype), out_dtype=torch.float32)
+        features = left @ right.to(pooled.dtype)
     else:
         features = torch.bmm(left.float(), right)
     features = features.view(batch, heads, units, groups, -1)

@@ -62,16 +62,19 @@ def edges(length: int, unit: int, device: torch.device | None = None) -> tuple[T
     return first, (first + unit - 1).clamp_(max=length - 1)
 
 
-def visible_pairs(band: Band, grid: Grid, rows: slice = slice(None)) -> Tensor:
+def visible_pairs(
+    band: Band, grid: Grid, rows: slice = slice(None), columns: slice = slice(None)
+) -> Tensor:
     """Return ``Bool[m n]``: pairs of units with a pair of tokens inside the band.
 
     Args:
         band: The band.
         grid: The lengths and units.
         rows: Query units wanted.
+        columns: Key units wanted.
     """
     query_first, query_last = (edge[rows, None] for edge in edges(grid.q_len, grid.query_unit))
-    key_first, key_last = edges(grid.k_len, grid.key_unit)
+    key_first, key_last = (edge[columns] for edge in edges(grid.k_len, grid.key_unit))
     visible = (key_first - query_last <= band.upper) & (key_last - query_first >= band.lower)
     return visible if band.lower <= band.upper else torch.zeros_like(visible)
 

@@ -6,7 +6,7 @@ dropped. Keys that the band hides from the whole slab are not touched at all.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -63,6 +63,10 @@ class _Slab(NamedTuple):
     columns: slice
 
 
+SlabMask = Callable[[_Slab], Tensor]
+"""Returns, for a slab, which of its pairs may be visible."""
+
+
 def block_scores(
     query_features: Tensor,
     key_features: Tensor,
@@ -84,12 +88,9 @@ def block_scores(
     per_row, per_column = query_block // sub_block, key_block // sub_block
     query_features, key_features = query_features.float(), key_features.float()
     for slab in _slabs(batch, heads, band, grid, (per_row, per_column)):
-        visible = visible_pairs(band, grid, slab.rows)[:, slab.columns]
-        for mask in extra:
-            visible = visible & mask(slab)
         queries, keys = query_features[slab.item, :, slab.rows], key_features[slab.item]
-        logits = torch.matmul(queries, keys[:, slab.columns].transpose(-1, -2)).mul_(scale)
-        share = _softmax(logits, visible)[0]
+        logits = torch.bmm(queries, keys[:, slab.columns].transpose(1, 2)).mul_(scale)
+        share = _softmax(logits, band, grid, slab, extra)[0]
         share = _reduce_runs(share, per_column, "sum")
         share = _reduce_runs(share.transpose(-1, -2), per_row, "max").transpose(-1, -2)
         m, n = slab.rows.start // per_row, slab.columns.start // per_column
@@ -111,18 +112,17 @@ def attention_mass(
     """Return ``Float32[b h m n]``; see ``ops.attention_mass``."""
     batch, heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
+    query, key = query.float(), key.float()
     band, grid = Band.of(visibility), Grid(q_len, k_len, 1, 1)
     shape = Grid(q_len, k_len, query_unit, key_unit).shape
     result = torch.zeros(batch, heads, *shape)
     extra = _token_masks(visibility)
     for slab in _slabs(batch, heads, band, grid, (query_unit, key_unit)):
-        visible = visible_pairs(band, grid, slab.rows)[:, slab.columns]
-        for mask in extra:
-            visible = visible & mask(slab)
-        queries = query[slab.item, :, slab.rows].float().unflatten(0, (kv_heads, -1))
-        keys = key[slab.item, :, slab.columns].float()[:, None]
-        logits = torch.matmul(queries, keys.transpose(-1, -2)).mul_(scale).flatten(0, 1)
-        share, reads = _softmax(logits, visible)
+        # The rows of the query heads of a group follow each other: one product per key head.
+        queries = query[slab.item, :, slab.rows].unflatten(0, (kv_heads, -1)).flatten(1, 2)
+        keys = key[slab.item, :, slab.columns].transpose(1, 2)
+        logits = torch.bmm(queries, keys).mul_(scale).view(heads, -1, keys.shape[-1])
+        share, reads = _softmax(logits, band, grid, slab, extra)
         share = _reduce_runs(share, key_unit, key_reduce).transpose(-1, -2)
         share = _reduce_runs(share, query_unit, "max" if query_reduce == "max" else "sum")
         if query_reduce == "mean":
@@ -151,7 +151,7 @@ def _slabs(
                 yield _Slab(item, rows, columns)
 
 
-def _sub_block_masks(visibility: Visibility, unit: int) -> list:
+def _sub_block_masks(visibility: Visibility, unit: int) -> list[SlabMask]:
     """Return functions of a slab: further masks over pairs of sub-blocks."""
     masks = []
     if visibility.key_padding is not None:
@@ -169,7 +169,7 @@ def _sub_block_masks(visibility: Visibility, unit: int) -> list:
     return masks
 
 
-def _token_masks(visibility: Visibility) -> list:
+def _token_masks(visibility: Visibility) -> list[SlabMask]:
     """Return functions of a slab: further masks over pairs of tokens."""
     masks = []
     padding, query_ids, key_ids = (
@@ -188,11 +188,31 @@ def _token_masks(visibility: Visibility) -> list:
     return masks
 
 
-def _softmax(logits: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the softmax over visible columns, 0 in rows without any, and which rows have some."""
-    reads = visible.any(-1)
-    share = logits.masked_fill_(~visible, -torch.inf).softmax(-1)
-    return share.masked_fill_(~reads[:, None], 0.0), reads
+def _softmax(
+    logits: Tensor, band: Band, grid: Grid, slab: _Slab, masks: list[SlabMask]
+) -> tuple[Tensor, Tensor]:
+    """Return the softmax over visible columns, in place, and which rows have any; others are 0.
+
+    Without further masks, the columns that the first and the last row see are seen by all rows
+    between them: only the columns around these are masked.
+    """
+    num_rows, num_columns = logits.shape[-2:]
+    ends = slice(slab.rows.start, slab.rows.stop, max(1, num_rows - 1))
+    inside = visible_pairs(band, grid, ends, slab.columns).all(0).nonzero()
+    if masks or len(inside) == 0:
+        visible = visible_pairs(band, grid, slab.rows, slab.columns)
+        for mask in masks:
+            visible = visible & mask(slab)
+        reads = visible.any(-1)
+        share = logits.masked_fill_(~visible, -torch.inf).softmax(-1)
+        return share.masked_fill_(~reads[:, None], 0.0), reads
+    first, last = int(inside[0]), int(inside[-1]) + 1
+    for begin, end in ((0, first), (last, num_columns)):
+        if begin < end:
+            columns = slice(slab.columns.start + begin, slab.columns.start + end)
+            hidden = ~visible_pairs(band, grid, slab.rows, columns)
+            logits[..., begin:end].masked_fill_(hidden, -torch.inf)
+    return logits.softmax(-1), torch.ones(num_rows, dtype=torch.bool)
 
 
 def _reduce_runs(values: Tensor, size: int, kind: str) -> Tensor:
