@@ -28,7 +28,8 @@ from seer_compile.types import BlockSelection, SiteInputs, Visibility
 
 MASS_GRID: tuple[float, ...] = (
     *(0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75),
-    *(0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 1.0),
+    *(0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998),
+    *(0.9999, 0.99995, 0.99998, 0.99999, 1.0),
 )
 """Budgets at which top-p is measured; density rises fastest near 1."""
 FRACTION_GRID: tuple[float, ...] = (

@@ -16,12 +16,13 @@ import numpy as np
 
 from seer_compile.errors import RangeError, SeerInputError
 
-Allocation = Literal["uniform", "equal_marginal"]
-ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "equal_marginal")
+Allocation = Literal["uniform", "equal_marginal", "equal_budget"]
+ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "equal_marginal", "equal_budget")
 
 # A mass of exactly 1 has no finite log odds; this is where it is drawn.
 _LEAST_REST = 1e-6
 _LEAST_DENSITY = 1e-6
+_LEAST_RESOLVED_REST = 2e-5
 # Between neighbouring budgets, in mass or relative error.
 _JUMP = 0.05
 _Row = tuple[float, ...]
@@ -67,10 +68,19 @@ class BudgetCurve:
         return np.array([np.interp(place, places, column) for column in table.T])
 
     def budget_for(self, length: float, *, density: float) -> float:
-        """Return the budget that gives a density at a length; the nearest measured end outside."""
-        known = np.log(np.maximum(self.row("densities", length), _LEAST_DENSITY))
+        """Return the budget that gives a density at a length; the nearest measured end outside.
+
+        A share of the mass so close to 1 that float32 sums cannot tell it from 1 is never given,
+        unless all blocks are asked for: where nearly all mass sits in few blocks, the density
+        stays below the asked one.
+        """
+        known = np.maximum.accumulate(np.maximum(self.row("densities", length), _LEAST_DENSITY))
+        if self.selector == "top_p" and len(known) > 1:
+            is_unresolved = 1 - self.budgets[-2] <= _LEAST_RESOLVED_REST
+            if is_unresolved and known[-2] <= density < known[-1]:
+                return self.budgets[-2]
         wanted = math.log(max(density, _LEAST_DENSITY))
-        return self._from_axis(np.interp(wanted, np.maximum.accumulate(known), self._axis()))
+        return self._from_axis(np.interp(wanted, np.log(known), self._axis()))
 
     def budget_for_mass(self, length: float, *, mass: float) -> float:
         """Return the smallest budget whose captured mass reaches ``mass`` at a length."""
@@ -103,8 +113,14 @@ class BudgetCurve:
         return self._from_axis(np.interp(wanted, known, axis[after - 1 : after + 1]))
 
     def value_at(self, name: str, length: float, budget: float) -> float:
-        """Return one table's value at a length and budget, by interpolation."""
-        return self.interpolate(self.row(name, length), budget)
+        """Return one table's value at a length and budget, by interpolation.
+
+        Densities are interpolated by their logarithm, the inverse of :meth:`budget_for`.
+        """
+        row = self.row(name, length)
+        if name == "densities":
+            return math.exp(self.interpolate(np.log(np.maximum(row, _LEAST_DENSITY)), budget))
+        return self.interpolate(row, budget)
 
     def interpolate(self, values: Sequence[float] | np.ndarray, budget: float) -> float:
         """Return the value at a budget of a row of P values, one for each of the budgets."""
@@ -168,9 +184,10 @@ def allocate(
 ) -> dict[str, float]:
     """Share an average density between sites.
 
-    ``uniform`` gives every site the same density. ``equal_marginal`` spends the blocks where the
-    measured captured mass rises fastest, until the average is reached: no exchange of blocks
-    between two sites would capture more in total. It weighs sites equally.
+    ``uniform`` gives every site the same density. ``equal_budget`` gives every site the same
+    budget, so that sites whose mass is spread get more blocks. ``equal_marginal`` spends the
+    blocks where the measured captured mass rises fastest, until the average is reached: no
+    exchange of blocks between two sites would capture more in total. It weighs sites equally.
 
     Args:
         curves: Measured curve of each site.
@@ -187,6 +204,8 @@ def allocate(
     check_fraction("density", density)
     if allocation == "uniform":
         return dict.fromkeys(curves, density)
+    if allocation == "equal_budget":
+        return _densities_at_one_budget(curves, density, length)
     if allocation != "equal_marginal":
         raise RangeError(argument="allocation", got=allocation, expected=f"one of {ALLOCATIONS}")
     hulls = {name: _concave_hull(curve, length) for name, curve in curves.items()}
@@ -204,6 +223,26 @@ def allocate(
         shares[name] += spent
         left_over -= spent
     return shares
+
+
+def _densities_at_one_budget(
+    curves: Mapping[str, BudgetCurve], density: float, length: float
+) -> dict[str, float]:
+    """Return each site's density at the one budget whose mean density is the asked one."""
+    first = next(iter(curves.values()))
+
+    def densities_at(place: float) -> dict[str, float]:
+        budget = first._from_axis(place)
+        return {name: curve.value_at("densities", length, budget) for name, curve in curves.items()}
+
+    # Density only rises along the axis; halving a grid's width 60 times leaves rounding.
+    low, high = sorted((float(first._axis()[0]), float(first._axis()[-1])))
+    rises = first._axis()[-1] > first._axis()[0]
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_above = float(np.mean(list(densities_at(middle).values()))) > density
+        low, high = (low, middle) if is_above == rises else (middle, high)
+    return densities_at((low + high) / 2)
 
 
 def _concave_hull(curve: BudgetCurve, length: float) -> list[tuple[float, float]]:

@@ -558,3 +558,36 @@ def test_features_do_not_reach_back_into_the_model():
     features.sum().backward()
     assert query.grad is None
     assert gate.query_weight.grad is not None
+
+
+class TestUnresolvedMass:
+    """Sites whose mass sits in few blocks: budgets beyond what float32 sums resolve."""
+
+    CURVE = BudgetCurve(
+        selector="top_p",
+        lengths=(1024,),
+        budgets=(0.5, 0.99, 0.99999, 1.0),
+        densities=((0.01, 0.03, 0.05, 1.0),),
+        captured_mass=((0.6, 0.99, 0.99999, 1.0),),
+    )
+
+    @pytest.mark.parametrize("density", [0.05, 0.2, 0.9])
+    def test_density_in_the_unresolved_part_stays_at_the_last_resolved_budget(self, density):
+        assert self.CURVE.budget_for(1024, density=density) == 0.99999
+
+    def test_everything_is_given_when_everything_is_asked_for(self):
+        assert self.CURVE.budget_for(1024, density=1.0) == 1.0
+
+    def test_equal_budget_gives_the_asked_mean_with_one_budget(self):
+        spread = BudgetCurve(
+            selector="top_p",
+            lengths=(1024,),
+            budgets=self.CURVE.budgets,
+            densities=((0.1, 0.4, 0.7, 1.0),),
+            captured_mass=((0.5, 0.99, 0.99999, 1.0),),
+        )
+        curves = {"sharp": self.CURVE, "spread": spread}
+        shares = allocate(curves, 0.15, length=1024, allocation="equal_budget")
+        assert sum(shares.values()) / 2 == pytest.approx(0.15, rel=0.02)
+        budgets = [curve.budget_for(1024, density=shares[name]) for name, curve in curves.items()]
+        assert budgets[0] == pytest.approx(budgets[1], abs=1e-3)
