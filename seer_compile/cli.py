@@ -149,7 +149,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", help="another folder than the bundled model's")
     parser.add_argument("--length", type=int, default=4096, help="tokens of a sequence")
     parser.add_argument("--densities", type=float, nargs="+", default=[0.25, 0.15])
-    parser.add_argument("--steps", type=int, default=24, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=40, help="training steps (%(default)s)")
     parser.add_argument("--sequences", type=int, default=3, help="windows to measure on")
     parser.add_argument("--report", type=Path, default=Path("report.html"))
     parser.add_argument("--seed", type=int, default=0)

@@ -35,9 +35,16 @@ from seer_compile.model_loading import (
     load_tokenizer,
     vocabulary_size,
 )
-from seer_compile.token_data import CalibrationWindows, planted_windows, read_token_file
+from seer_compile.token_data import (
+    CalibrationWindows,
+    as_batches,
+    planted_windows,
+    read_token_file,
+)
 
 _FORWARD: dict[str, Any] = {"use_cache": False}
+# Windows per length on which budgets are measured.
+_CURVE_WINDOWS = 4
 
 
 def run_explain(args: Namespace) -> None:
@@ -219,14 +226,12 @@ def _prepare_gates(
     data = _calibration_data(args, args.calibrate, model)
     notify(f"{base}: {_calibration_plan(args, data)}")
     optimize(model, config=_gate_config(kind), inner=args.inner)
-    # Budgets follow from curves; the lengths to be measured belong on them.
-    longer = [length for length in args.lengths if length not in args.calibration_lengths]
     report = calibrate(
         model,
         data,
-        config=_training_config(args, kind),
+        config=_training_config(args, kind, holdout_batches=1),
         density=args.densities[0],
-        curve_data=_windows(args, args.calibrate, model, longer, count=2) if longer else (),
+        curve_data=_curve_batches(args, data),
     )
     notify(f"calibrated: {report.captured_mass:.3f} of the mass at density {report.density:.3f}")
     return _store(model)
@@ -239,21 +244,34 @@ def _store(model: nn.Module) -> GateStore:
     return store
 
 
-def _windows(
-    args: Namespace, path: Path, model: nn.Module, lengths: Sequence[int], count: int | None
-) -> CalibrationWindows:
-    tokens = read_token_file(path, vocabulary=vocabulary_size(model))
+def _calibration_data(args: Namespace, path: Path, model: nn.Module) -> CalibrationWindows:
     return CalibrationWindows(
-        tokens=tokens,
-        lengths=tuple(lengths),
+        tokens=read_token_file(path, vocabulary=vocabulary_size(model)),
+        lengths=tuple(args.calibration_lengths),
         seed=args.seed,
-        count=count,
         model_arguments=tuple(_FORWARD.items()),
     )
 
 
-def _calibration_data(args: Namespace, path: Path, model: nn.Module) -> CalibrationWindows:
-    return _windows(args, path, model, args.calibration_lengths, count=None)
+def _curve_batches(args: Namespace, data: CalibrationWindows) -> list[dict[str, Any]]:
+    """Return calibration text in the form it is measured in: these lengths, keys planted."""
+    tokenizer = load_tokenizer(args.model) if args.retrieval else None
+    return [
+        batch
+        for length in dict.fromkeys(args.lengths)
+        for batch in as_batches(
+            planted_windows(
+                data.tokens,
+                tokenizer,
+                length=length,
+                sequences=_CURVE_WINDOWS,
+                keys=args.retrieval,
+                # Other keys than those that are asked for.
+                seed=args.seed + 1,
+            ),
+            _FORWARD,
+        )
+    ]
 
 
 def _calibration_plan(args: Namespace, data: CalibrationWindows) -> str:
@@ -275,10 +293,14 @@ def _gate_config(kind: str) -> GateConfig:
     return GateConfig.paper() if kind == "paper" else GateConfig()
 
 
-def _training_config(args: Namespace, kind: str) -> CalibrationConfig:
-    # The published gate learns the max-pooled map.
-    target = "max" if kind == "paper" else "mass"
-    return CalibrationConfig(steps=args.steps, seed=args.seed, target=target)
+def _training_config(args: Namespace, kind: str, *, holdout_batches: int = 4) -> CalibrationConfig:
+    return CalibrationConfig(
+        steps=args.steps,
+        seed=args.seed,
+        # The published gate learns the max-pooled map.
+        target="max" if kind == "paper" else "mass",
+        holdout_batches=holdout_batches,
+    )
 
 
 def _example(model: nn.Module, length: int, device: torch.device) -> dict[str, Any]:

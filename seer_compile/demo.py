@@ -10,7 +10,7 @@ import html
 from argparse import Namespace
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -37,11 +37,13 @@ from seer_compile.evaluation_methods import parse_method
 from seer_compile.explaining import explain
 from seer_compile.gate_store import GateStore
 from seer_compile.model_loading import load_model, load_tokenizer
-from seer_compile.token_data import CalibrationWindows, planted_windows
+from seer_compile.token_data import CalibrationWindows, as_batches, planted_windows
 
-# Few enough that the text is still mostly code: planted lines attract attention of their own.
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
 KEYS = 8
-_HOLDOUT = 2
+_CURVE_WINDOWS = 3
 _FORWARD: dict[str, Any] = {"use_cache": False}
 
 
@@ -90,7 +92,7 @@ def run_demo(args: Namespace) -> None:
     }
     evaluator = Evaluator(model, windows, model_arguments=_FORWARD, notify=notify)
     rows = [evaluator.run(parse_method("dense"), args.length, None)]
-    report = _calibrate(model, calibration_tokens, args, notify)
+    report = _calibrate(model, calibration_tokens, tokenizer, args, notify)
     for density in args.densities:
         rows += _compare(evaluator, args.length, density, model)
     text = evaluation_text(rows)
@@ -109,12 +111,12 @@ def run_demo(args: Namespace) -> None:
     )
 
 
-def _texts(args: Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
+def _texts(args: Namespace, tokenizer: Tokenizer) -> tuple[np.ndarray, np.ndarray]:
     """Return text to calibrate on and text to measure on: files the model was trained on or not."""
     training = encode_files(
         standard_library_files(held_out=False),
         tokenizer,
-        max_tokens=(args.steps + _HOLDOUT) * args.length,
+        max_tokens=(args.steps + 1) * args.length,
     )
     held_out = encode_files(
         standard_library_files(held_out=True),
@@ -125,7 +127,7 @@ def _texts(args: Namespace, tokenizer: Any) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _calibrate(
-    model: nn.Module, tokens: np.ndarray, args: Namespace, notify: Progress
+    model: nn.Module, tokens: np.ndarray, tokenizer: Tokenizer, args: Namespace, notify: Progress
 ) -> CalibrationReport:
     data = CalibrationWindows(
         tokens=tokens,
@@ -138,13 +140,27 @@ def _calibrate(
         # So few steps leave no time for a small rate.
         learning_rate=4e-3,
         warmup_steps=3,
-        holdout_batches=_HOLDOUT,
+        holdout_batches=1,
         seed=args.seed,
     )
     notify(f"calibrating {args.steps} steps")
     # Compiling for speed needs a C++ compiler and half a minute; the demo is about quality.
     optimize(model, inner="aot_eager")
-    return calibrate(model, data, config=config, density=args.densities[0])
+    planted = planted_windows(
+        tokens,
+        tokenizer,
+        length=args.length,
+        sequences=_CURVE_WINDOWS,
+        keys=KEYS,
+        seed=args.seed + 1,
+    )
+    return calibrate(
+        model,
+        data,
+        config=config,
+        density=args.densities[0],
+        curve_data=as_batches(planted, _FORWARD),
+    )
 
 
 def _compare(
