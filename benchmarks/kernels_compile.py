@@ -60,6 +60,13 @@ class Compiled:
             command = [str(path), *flags, file.name]
             return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
+    def describe(self) -> str:
+        """Return one line for a table."""
+        return (
+            f"{self.name:22} {self.warps:2} warps {self.registers:3} registers"
+            f" {self.stack:4} B stack {self.shared / 1024:6.1f} KiB shared"
+        )
+
     @property
     def registers(self) -> int:
         """Registers per thread."""
@@ -117,6 +124,44 @@ def attention_forward(dtype, dim, query_block, key_block, selections, **visibili
     launch(*arguments, **{"upper": 0, **visibility})
 
 
+def attention_backward(dtype, dim, query_block, key_block, selections):
+    from seer_compile.kernels.triton.attention_backward import launch
+
+    query = torch.zeros(1, 8, 256, dim, dtype=dtype)
+    key = torch.zeros(1, 2, 256, dim, dtype=dtype)
+    lse = torch.zeros(1, 8, 256)
+    indices, counts = _selection(1, selections, 256, 256, query_block, key_block)
+    tensors = (query, query, key, key, query, lse, indices, counts)
+    launch(*tensors, 0.1, query_block, key_block, upper=0)
+
+
+def pool_blocks(dtype, dim, size, kinds):
+    from seer_compile.kernels.triton.pool_blocks import launch
+
+    launch(torch.zeros(1, 8, 256, dim, dtype=dtype), size, kinds)
+
+
+def block_scores(dtype, dim, sub_block, block, groups):
+    from seer_compile.kernels.triton.block_scores import launch
+
+    features = torch.zeros(1, 8, 2048 // sub_block, dim, dtype=dtype)
+    launch(features, features, 0.1, sub_block, block, block, 2048, 2048, groups, upper=0)
+
+
+def select_blocks(blocks, selector):
+    from seer_compile.kernels.triton.select_blocks import launch
+
+    scores = torch.zeros(1, 1, 2, blocks)
+    launch(scores, torch.ones(1), selector, 64, 64, 128, 64 * blocks, upper=0)
+
+
+def attention_mass(dtype, dim, query_unit, key_unit):
+    from seer_compile.kernels.triton.attention_mass import launch
+
+    query = torch.zeros(1, 8, 256, dim, dtype=dtype)
+    launch(query, query[:, :2], 0.1, query_unit, key_unit, "mean", "sum", upper=0)
+
+
 _BF16, _FP32 = torch.bfloat16, torch.float32
 CASES = {
     "attention_forward": (
@@ -133,6 +178,41 @@ CASES = {
             (_FP32, 256, 128, 128, 8),
         ],
     ),
+    "attention_backward": (
+        attention_backward,
+        [
+            (_BF16, 128, 64, 64, 8),
+            (_BF16, 128, 128, 128, 8),
+            (_BF16, 64, 64, 64, 8),
+            (_BF16, 256, 64, 64, 8),
+            (_FP32, 128, 64, 64, 8),
+            (_FP32, 256, 64, 64, 8),
+        ],
+    ),
+    "pool_blocks": (pool_blocks, [(_BF16, 128, 8, "mean,max,min"), (_BF16, 256, 64, "max")]),
+    "block_scores": (
+        block_scores,
+        [
+            (_BF16, 64, 8, 64, 1),
+            (_BF16, 128, 64, 64, 1),
+            (_BF16, 64, 8, 64, 4),
+            (_FP32, 64, 8, 64, 1),
+        ],
+    ),
+    "select_blocks": (
+        select_blocks,
+        [
+            (512, "top_p"),
+            (16384, "top_p"),
+            (512, "fraction"),
+            (16384, "fraction"),
+            (512, "threshold"),
+        ],
+    ),
+    "attention_mass": (
+        attention_mass,
+        [(_BF16, 128, 8, 64), (_BF16, 128, 64, 64), (_BF16, 256, 64, 64), (_FP32, 64, 64, 64)],
+    ),
 }
 
 
@@ -148,11 +228,7 @@ def main() -> None:
             with offline_compilation(arguments.capability) as compiled:
                 function(*case)
             for kernel in compiled:
-                print(
-                    f"{kernel.name:28} {case!s:48} {kernel.warps} warps {kernel.registers:3}"
-                    f" registers {kernel.stack:4} B stack {kernel.shared / 1024:6.1f} KiB shared",
-                    flush=True,
-                )
+                print(kernel.describe(), case, flush=True)
                 if arguments.sass:
                     arguments.sass.mkdir(parents=True, exist_ok=True)
                     (arguments.sass / f"{kernel.name}_{number}.sass").write_text(kernel.sass)

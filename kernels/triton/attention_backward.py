@@ -26,7 +26,6 @@ from torch import Tensor
 
 from seer_compile.kernels.triton.attention_forward import head_layout
 from seer_compile.kernels.triton.primitives import (
-    LOG2_E,
     ceil_div,
     count_outside,
     dot_precision,
@@ -58,16 +57,21 @@ class BackwardTiling(NamedTuple):
 
 
 @triton.jit
-def _dlogits(query, key, value, grad_out, lse, delta, visible, qk_scale, PRECISION: tl.constexpr):
+def _dlogits(query, key, value, grad_out, lse, delta, visible, scale, PRECISION: tl.constexpr):
     """Return probabilities and the gradient of the logits, ``[rows, keys]`` each.
 
     Called with the roles of rows and keys exchanged it returns both transposed; ``lse`` and
     ``delta`` come shaped to broadcast.
     """
-    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION) * qk_scale
+    logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if PRECISION == "ieee":
+        # Base 2 costs float32 a rounding of both terms; here only their difference is rounded.
+        logits = (logits * scale - lse) * 1.4426950408889634
+    else:
+        logits = logits * (scale * 1.4426950408889634) - lse * 1.4426950408889634
     if visible is not None:
         logits = tl.where(visible, logits, float("-inf"))
-    probability = tl.math.exp2(logits - lse)
+    probability = tl.math.exp2(logits)
     grad_probability = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
     gradient = probability * (grad_probability - delta)
     if visible is not None:
@@ -115,7 +119,6 @@ def _query_gradient(
     upper,
     lower,
     scale,
-    qk_scale,
     selections,
     num_blocks,
     capacity,
@@ -172,7 +175,7 @@ def _query_gradient(
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     statistics = (batch * heads + head) * q_len + queries
     tl.store(delta_ptr + statistics, delta, mask=is_query)
-    lse = tl.load(lse_ptr + statistics, mask=is_query, other=float("inf")) * 1.4426950408889634
+    lse = tl.load(lse_ptr + statistics, mask=is_query, other=float("inf"))
     # A row that read nothing has lse -inf; with +inf its probabilities are 0.
     lse = tl.where(lse == float("-inf"), float("inf"), lse)
 
@@ -210,7 +213,7 @@ def _query_gradient(
             PADDED_VALUE_DIM,
         )
         _, gradient = _dlogits(
-            query, key, value, grad_out, lse[:, None], delta[:, None], None, qk_scale, PRECISION
+            query, key, value, grad_out, lse[:, None], delta[:, None], None, scale, PRECISION
         )
         accumulator = tl.dot(gradient.to(key.dtype), key, accumulator, input_precision=PRECISION)
 
@@ -243,7 +246,7 @@ def _query_gradient(
             PADDED_VALUE_DIM,
         )
         _, gradient = _dlogits(
-            query, key, value, grad_out, lse[:, None], delta[:, None], visible, qk_scale, PRECISION
+            query, key, value, grad_out, lse[:, None], delta[:, None], visible, scale, PRECISION
         )
         key, _ = finite_or_zero(key)
         accumulator = tl.dot(gradient.to(key.dtype), key, accumulator, input_precision=PRECISION)
@@ -296,7 +299,6 @@ def _key_value_gradient(
     upper,
     lower,
     scale,
-    qk_scale,
     tiles,
     kv_heads,
     query_blocks,
@@ -386,10 +388,10 @@ def _key_value_gradient(
                 VALUE_DIM,
                 PADDED_VALUE_DIM,
             )
-            lse = tl.load(lse_ptr + statistics + start + query_rows) * 1.4426950408889634
+            lse = tl.load(lse_ptr + statistics + start + query_rows)
             delta = tl.load(delta_ptr + statistics + start + query_rows)
             probability, gradient = _dlogits(
-                key, query, grad_out, value, lse[None, :], delta[None, :], None, qk_scale, PRECISION
+                key, query, grad_out, value, lse[None, :], delta[None, :], None, scale, PRECISION
             )
             grad_value = tl.dot(
                 probability.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION
@@ -432,7 +434,7 @@ def _key_value_gradient(
                 PADDED_VALUE_DIM,
             )
             lse = tl.load(lse_ptr + statistics + queries, mask=is_query, other=0.0)
-            lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+            lse = tl.where(lse == float("-inf"), float("inf"), lse)
             delta = tl.load(delta_ptr + statistics + queries, mask=is_query, other=0.0)
             probability, gradient = _dlogits(
                 key,
@@ -442,7 +444,7 @@ def _key_value_gradient(
                 lse[None, :],
                 delta[None, :],
                 visible,
-                qk_scale,
+                scale,
                 PRECISION,
             )
             query, _ = finite_or_zero(query)
@@ -563,8 +565,7 @@ def launch(
         k_len,
         band.upper,
         band.lower,
-        scale,
-        scale * LOG2_E,
+        float(scale),
     )
     constants = {
         "PER_KEY_HEAD": layout.per_key_head,

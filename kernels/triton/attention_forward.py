@@ -101,16 +101,19 @@ def _attend(
     # [rows, keys]
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     if visible is None:
-        new_max = tl.maximum(running_max, tl.max(logits, 1) * qk_scale)
-        probability = tl.math.exp2(logits * qk_scale - new_max[:, None])
-        rescale = tl.math.exp2(running_max - new_max)
+        new_max = tl.maximum(running_max, tl.max(logits, 1))
+        base = new_max
     else:
-        logits = tl.where(visible, logits * qk_scale, float("-inf"))
+        logits = tl.where(visible, logits, float("-inf"))
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         # A row without a readable key so far has maximum -inf, and -inf - -inf is NaN.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
-        probability = tl.math.exp2(logits - base[:, None])
-        rescale = tl.math.exp2(running_max - base)
+    if PRECISION == "ieee":
+        # Float32 keeps its exactness near the maximum when that is subtracted before scaling.
+        probability = tl.math.exp2((logits - base[:, None]) * qk_scale)
+    else:
+        probability = tl.math.exp2(logits * qk_scale - (base * qk_scale)[:, None])
+    rescale = tl.math.exp2((running_max - base) * qk_scale)
     running_sum = running_sum * rescale + tl.sum(probability, 1)
     accumulator = accumulator * rescale[:, None]
     accumulator = tl.dot(probability.to(value.dtype), value, accumulator, input_precision=PRECISION)
@@ -150,6 +153,7 @@ def _attention_forward(
     k_len,
     upper,
     lower,
+    scale,
     qk_scale,
     selections,
     num_blocks,
@@ -279,9 +283,7 @@ def _attention_forward(
     # A row that read nothing has sum 0: its output is 0 and its log-sum-exp is -inf.
     is_empty = running_sum == 0.0
     divisor = tl.where(is_empty, 1.0, running_sum)
-    lse = tl.where(
-        is_empty, float("-inf"), (running_max + tl.math.log2(divisor)) / 1.4426950408889634
-    )
+    lse = tl.where(is_empty, float("-inf"), running_max * scale + tl.log(divisor))
     out_rows = row_heads * out_strides[1] + queries.to(tl.int64) * out_strides[2]
     store_tile(
         tile_pointers(out_ptr + batch * out_strides[0], out_rows, 1, value_columns, out_strides[3]),
@@ -371,6 +373,8 @@ def launch(
     padded = padded_dim(dim), padded_dim(value_dim)
     tiling = tiling or choose_tiling(layout, query_block, key_block, max(padded), query.dtype)
     band = make_band(upper, lower, offset)
+    # Maxima are taken before scaling, so the scale is positive.
+    magnitude = max(abs(float(scale)), 1e-30)
     tiles = ceil_div(q_len, tiling.rows)
     groups = heads // tiling.heads
     with launching_on(query, "query"):
@@ -392,7 +396,8 @@ def launch(
             k_len,
             band.upper,
             band.lower,
-            abs(float(scale)) * LOG2_E,
+            magnitude,
+            magnitude * LOG2_E,
             *indices.shape[1:],
             tiles,
             groups,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from seer_compile.errors import RangeError
 from seer_compile.kernels.triton.attention_forward import head_layout
-from seer_compile.kernels.triton.pooled_softmax import pooled_map, row_log_sum
+from seer_compile.kernels.triton.pooled_softmax import pooled_map, row_statistics
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     ceil_div,
@@ -127,7 +127,7 @@ def pooled_softmax_map(
         ``Float32[b h//pooled row_units column_units]``.
 
     Cost:
-        Four bytes per row besides the result.
+        Eight bytes per row besides the result.
     """
     batch, heads, num_rows, dim = rows.shape
     pooled_heads, num_columns = heads // pooled, columns.shape[2]
@@ -138,7 +138,7 @@ def pooled_softmax_map(
     padded = padded_dim(dim)
     tiling = tiling or choose_tiling(padded, rows.dtype)
     band = make_band(upper, lower, offset)
-    log_sums = torch.empty((batch, heads, num_rows), dtype=torch.float32, device=rows.device)
+    statistics = torch.empty((2, batch, heads, num_rows), dtype=torch.float32, device=rows.device)
     per_key_head = head_layout(heads, columns.shape[1], pooled_heads).per_key_head
     visibility = (
         rows.stride(),
@@ -148,7 +148,9 @@ def pooled_softmax_map(
         num_rows,
         num_columns,
     )
-    lengths = (q_len, k_len, band.upper, band.lower, scale * LOG2_E)
+    # Kernels take maxima before scaling, so their scale is positive.
+    qk_scale = max(abs(scale) * LOG2_E, 1e-30)
+    lengths = (q_len, k_len, band.upper, band.lower, qk_scale)
     padded_row_unit = triton.next_power_of_2(row_unit)
     padded_column_unit = triton.next_power_of_2(column_unit)
     row_units = max(1, tiling.rows // padded_row_unit)
@@ -157,10 +159,10 @@ def pooled_softmax_map(
         row_units = 16 // padded_row_unit
     with launching_on(rows, "query"):
         tiles = ceil_div(num_rows, tiling.rows)
-        row_log_sum[(tiles * heads * batch,)](
+        row_statistics[(tiles * heads * batch,)](
             rows,
             columns,
-            log_sums,
+            *statistics,
             *visibility,
             *lengths,
             tiles,
@@ -172,6 +174,7 @@ def pooled_softmax_map(
             DIM=dim,
             PADDED_DIM=padded,
             PRECISION=dot_precision(rows.dtype),
+            NEGATE=scale < 0,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )
@@ -179,7 +182,7 @@ def pooled_softmax_map(
         pooled_map[(tiles * pooled_heads * batch,)](
             rows,
             columns,
-            log_sums,
+            *statistics,
             result,
             *visibility,
             num_row_units,
@@ -201,6 +204,7 @@ def pooled_softmax_map(
             SUM_COLUMNS=sum_columns,
             MEAN_ROWS=mean_rows,
             PRECISION=dot_precision(rows.dtype),
+            NEGATE=scale < 0,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )

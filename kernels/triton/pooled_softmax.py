@@ -7,14 +7,16 @@ Rows and columns stand for ``EXTENT`` tokens each (one for attention, a sub-bloc
 pair is visible when the band lets any of its token pairs through, the column is flagged usable,
 and the ranges of document ids of the two overlap.
 
-Pass 1 writes the log-sum-exp of each row. Pass 2 makes the logits again, turns them into weights
+Pass 1 writes maximum and sum of each row. Pass 2 makes the logits again, turns them into weights
 and reduces each tile in registers: nothing of size rows x columns, nor rows x units, exists.
 
 Layout: tiles of rows against tiles of columns. The columns of a tile are taken unit by unit (place
 ``p`` of every unit, then ``p + 1``), which puts the columns of one unit into the same thread of a
 tensor-core result, so that the reduction over them needs no exchange between threads.
 
-Numerics: products accumulate in float32, softmax and reductions in float32.
+Numerics: products accumulate in float32, softmax and reductions in float32. Maximum and sum stay
+apart, and the maximum is subtracted before scaling, so that a weight near 1 is as exact as in an
+ordinary softmax; a merged log-sum-exp would cost its own rounding, ten times more.
 """
 
 from __future__ import annotations
@@ -99,14 +101,13 @@ def _tile_ranges(
 
 @triton.jit
 def _add_tile(logits, visible, running_max, running_sum, qk_scale):
-    if visible is None:
-        logits = logits * qk_scale
-    else:
-        logits = tl.where(visible, logits * qk_scale, float("-inf"))
+    """Add a tile of products to the running maximum (unscaled) and sum of the rows."""
+    if visible is not None:
+        logits = tl.where(visible, logits, float("-inf"))
     new_max = tl.maximum(running_max, tl.max(logits, 1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
-    running_sum = running_sum * tl.math.exp2(running_max - base)
-    running_sum += tl.sum(tl.math.exp2(logits - base[:, None]), 1)
+    running_sum = running_sum * tl.math.exp2((running_max - base) * qk_scale)
+    running_sum += tl.sum(tl.math.exp2((logits - base[:, None]) * qk_scale), 1)
     return new_max, running_sum
 
 
@@ -122,10 +123,11 @@ def _add_tile(logits, visible, running_max, running_sum, qk_scale):
         "heads",
     ]
 )
-def row_log_sum(
+def row_statistics(
     row_ptr,
     column_ptr,
-    log_sum_ptr,
+    maximum_ptr,
+    sum_ptr,
     row_strides,
     column_strides,
     offset_ptr,
@@ -150,8 +152,9 @@ def row_log_sum(
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATE: tl.constexpr,
 ):
-    """Write the base-2 log-sum-exp of each row; -inf for a row that sees nothing."""
+    """Write maximum and sum of each row; a row that sees nothing has maximum -inf."""
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
     head = (program // tiles % heads).to(tl.int64)
@@ -169,6 +172,8 @@ def row_log_sum(
         DIM,
         PADDED_DIM,
     )
+    if NEGATE:
+        row = -row
     key_head = head // PER_KEY_HEAD
     column_base = column_ptr + batch * column_strides[0] + key_head * column_strides[1]
     column_tile = tile_pointers(
@@ -221,16 +226,16 @@ def row_log_sum(
         )
         logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
         running_max, running_sum = _add_tile(logits, visible, running_max, running_sum, qk_scale)
-    is_empty = running_sum == 0.0
-    log_sum = running_max + tl.math.log2(tl.where(is_empty, 1.0, running_sum))
-    target = log_sum_ptr + (batch * heads + head) * num_rows + rows
-    tl.store(target, tl.where(is_empty, float("-inf"), log_sum), mask=is_row)
+    target = (batch * heads + head) * num_rows + rows
+    tl.store(maximum_ptr + target, running_max, mask=is_row)
+    tl.store(sum_ptr + target, running_sum, mask=is_row)
 
 
 @triton.jit
 def _load_rows(
     row_base,
-    log_sum_ptr,
+    maximum_ptr,
+    sum_ptr,
     row_strides,
     first_head,
     head,
@@ -240,19 +245,28 @@ def _load_rows(
     dims,
     DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    NEGATE: tl.constexpr,
 ):
-    """Return the rows of one head and their log-sum-exps."""
+    """Return the rows of one head, their maxima, and one over their sums.
+
+    For a row that sees nothing the maximum is +inf, which makes its weights 0, and the rest is 0.
+    """
     pointers = tile_pointers(
         row_base + head * row_strides[1], rows, row_strides[2], dims, row_strides[3]
     )
-    log_sums = log_sum_ptr + (first_head + head) * num_rows + rows
-    log_sum = tl.load(log_sums, mask=is_row, other=float("-inf"))
-    return load_tile(pointers, is_row, dims, DIM, PADDED_DIM), log_sum
+    row = load_tile(pointers, is_row, dims, DIM, PADDED_DIM)
+    statistics = (first_head + head) * num_rows + rows
+    maximum = tl.load(maximum_ptr + statistics, mask=is_row, other=float("-inf"))
+    is_seeing = maximum != float("-inf")
+    total = tl.load(sum_ptr + statistics, mask=is_row, other=1.0)
+    inverse = tl.where(is_seeing, 1.0 / tl.where(is_seeing, total, 1.0), 0.0)
+    return -row if NEGATE else row, tl.where(is_seeing, maximum, float("inf")), inverse
 
 
 @triton.jit
 def _reduce_tile(
     weight,
+    inverse,
     ROW_UNITS: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMN_UNITS: tl.constexpr,
@@ -260,11 +274,16 @@ def _reduce_tile(
     SUM_COLUMNS: tl.constexpr,
     MEAN_ROWS: tl.constexpr,
 ):
-    """Reduce ``[rows, columns]`` weights to ``[row units, column units]``."""
+    """Reduce ``[rows, columns]`` weights, not yet divided, to ``[row units, column units]``."""
     weight = tl.reshape(weight, [ROW_UNITS * ROWS, COLUMNS, COLUMN_UNITS])
     weight = tl.sum(weight, 1) if SUM_COLUMNS else tl.max(weight, 1)
-    weight = tl.reshape(weight, [ROW_UNITS, ROWS, COLUMN_UNITS])
-    return tl.sum(weight, 1) if MEAN_ROWS else tl.max(weight, 1)
+    weight = tl.reshape(weight * inverse[:, None], [ROW_UNITS, ROWS, COLUMN_UNITS])
+    if MEAN_ROWS:
+        is_seeing = tl.reshape((inverse > 0.0).to(tl.float32), [ROW_UNITS, ROWS])
+        weight = tl.sum(weight, 1) / tl.maximum(tl.sum(is_seeing, 1), 1.0)[:, None]
+    else:
+        weight = tl.max(weight, 1)
+    return weight
 
 
 @triton.jit(
@@ -284,7 +303,8 @@ def _reduce_tile(
 def pooled_map(
     row_ptr,
     column_ptr,
-    log_sum_ptr,
+    maximum_ptr,
+    sum_ptr,
     map_ptr,
     row_strides,
     column_strides,
@@ -319,6 +339,7 @@ def pooled_map(
     SUM_COLUMNS: tl.constexpr,
     MEAN_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
+    NEGATE: tl.constexpr,
 ):
     """Write the pooled map, its maximum over ``POOLED`` consecutive heads; 0 where unseen."""
     program = tl.program_id(0)
@@ -373,20 +394,20 @@ def pooled_map(
     row_base = row_ptr + batch * row_strides[0]
     column_base = column_ptr + batch * column_strides[0]
     first_head = pooled_head * POOLED
-    row, log_sum = _load_rows(
-        row_base, log_sum_ptr, row_strides, batch * heads, first_head, rows, is_row, num_rows,
-        dims, DIM, PADDED_DIM,
+    row, maximum, inverse = _load_rows(
+        row_base, maximum_ptr, sum_ptr, row_strides, batch * heads, first_head, rows, is_row,
+        num_rows, dims, DIM, PADDED_DIM, NEGATE,
     )  # fmt: skip
     for step in range(begin, end):
         columns = step * STEP + columns_of_tile
         is_column = is_place & (columns < num_columns)
         is_edge = (step < inner_begin) | (step >= inner_end)
         result = tl.zeros([ROW_UNITS, COLUMN_UNITS], tl.float32)
-        for member in tl.static_range(POOLED):
+        for member in range(0, POOLED):
             if POOLED > 1:
-                row, log_sum = _load_rows(
-                    row_base, log_sum_ptr, row_strides, batch * heads, first_head + member, rows,
-                    is_row, num_rows, dims, DIM, PADDED_DIM,
+                row, maximum, inverse = _load_rows(
+                    row_base, maximum_ptr, sum_ptr, row_strides, batch * heads,
+                    first_head + member, rows, is_row, num_rows, dims, DIM, PADDED_DIM, NEGATE,
                 )  # fmt: skip
             key_head = (first_head + member) // PER_KEY_HEAD
             column = load_tile(
@@ -402,28 +423,21 @@ def pooled_map(
                 DIM,
                 PADDED_DIM,
             )
-            is_seeing = log_sum != float("-inf")
-            # A row that sees nothing has log-sum-exp -inf; with +inf its weights are 0.
-            base = tl.where(is_seeing, log_sum, float("inf"))
             logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
-            weight = tl.math.exp2(logits * qk_scale - base[:, None])
+            weight = tl.math.exp2((logits - maximum[:, None]) * qk_scale)
             if is_edge:
                 visible = _visible_pairs(
                     rows, columns, is_column, q_len, k_len, upper, lower, usable_ptr,
  row_low_ptr, row_high_ptr, column_low_ptr,
                     column_high_ptr, EXTENT,
                 )  # fmt: skip
-                weight = tl.where(visible & is_seeing[:, None], weight, 0.0)
+                weight = tl.where(visible, weight, 0.0)
             if PADDED_COLUMN_UNIT > COLUMN_UNIT:
                 weight = tl.where(is_place[None, :], weight, 0.0)
             reduced = _reduce_tile(
-                weight, ROW_UNITS, PADDED_ROW_UNIT, COLUMN_UNITS, PADDED_COLUMN_UNIT,
+                weight, inverse, ROW_UNITS, PADDED_ROW_UNIT, COLUMN_UNITS, PADDED_COLUMN_UNIT,
                 SUM_COLUMNS, MEAN_ROWS,
             )  # fmt: skip
-            if MEAN_ROWS:
-                seeing = tl.reshape(is_seeing.to(tl.int32), [ROW_UNITS, PADDED_ROW_UNIT])
-                num_seeing = tl.maximum(tl.sum(seeing, 1), 1).to(tl.float32)
-                reduced = reduced / num_seeing[:, None]
             result = tl.maximum(result, reduced)
         is_unit = step * COLUMN_UNITS + units_of_tile < num_column_units
         inside = is_row_unit[:, None] & is_unit[None, :]

@@ -20,35 +20,44 @@ from seer_compile.kernels.triton.block_scores import column_rules
 from seer_compile.kernels.triton.primitives import launching_on, make_band, shifted_band
 
 _LARGEST_ROW = 32768
+_BLOCK_SLACK = 0.01
+"""Blocks by which a budget may be missed before one more is kept: float32 has no exact 0.1."""
 _PER_WARP = 1024
 """Blocks of a row per warp: 32 scores in each thread."""
 
 
 @triton.jit
 def _ordered_bits(score):
-    """Map floats to int32 numbers of the same order."""
-    # Minus zero would sort below zero.
+    """Map floats to int32 numbers of the same order; NaN above all, minus zero equal to zero."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    return tl.where(score == score, order, 0x7FFFFFFE)
 
 
 @triton.jit
 def _forced_blocks(
-    blocks, visible, is_usable, score, first_query, last_query, upper, num_blocks,
-    KEY_BLOCK: tl.constexpr, DIAGONAL: tl.constexpr,
-):  # fmt: skip
+    blocks,
+    visible,
+    is_usable,
+    order,
+    first_query,
+    last_query,
+    upper,
+    k_len,
+    KEY_BLOCK: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+):
     """Return which visible blocks are always kept: diagonal, sink, best."""
-    candidates = tl.where(visible, score, float("-inf"))
-    best = tl.min(tl.where(visible & (candidates == tl.max(candidates, 0)), blocks, 1 << 30), 0)
+    highest = tl.max(tl.where(visible, order, -0x7FFFFFFF), 0)
+    best = tl.min(tl.where(visible & (order == highest), blocks, 1 << 30), 0)
     sink = tl.min(tl.where(visible & is_usable, blocks, 1 << 30), 0)
     forced = (blocks == best) | (blocks == sink)
     if DIAGONAL != "none":
-        last = num_blocks - 1
         if DIAGONAL == "same_position":
             upper = 0
-        begin = tl.minimum(tl.maximum(first_query + upper, 0) // KEY_BLOCK, last)
-        end = tl.minimum(tl.maximum(last_query + upper, 0) // KEY_BLOCK, last)
-        forced = forced | ((blocks >= begin) & (blocks <= end))
+        begin = tl.minimum(tl.maximum(first_query + upper, 0), k_len - 1) // KEY_BLOCK
+        end = tl.minimum(tl.maximum(last_query + upper, 0), k_len - 1) // KEY_BLOCK
+        forced = forced | (blocks == begin) | (blocks == end)
     return forced & visible
 
 
@@ -79,7 +88,7 @@ def _cut(order, score, visible, forced, needed, BY_MASS: tl.constexpr):
 def _kept_by_count(order, visible, forced, wanted):
     """Return forced blocks and the best others until ``wanted`` are kept, ties by lower index."""
     needed = wanted - tl.sum(forced.to(tl.int32), 0)
-    cut = _cut(order, order.to(tl.float32), visible, forced, needed, False)
+    cut = _cut(order, order, visible, forced, needed, False)
     others = visible & (forced == 0)
     above = others & (order > cut)
     ties = others & (order == cut)
@@ -112,6 +121,7 @@ def _select_blocks(
     WIDTH: tl.constexpr,
     SELECTOR: tl.constexpr,
     DIAGONAL: tl.constexpr,
+    BLOCK_SLACK: tl.constexpr,
 ):
     program = tl.program_id(0)
     row = program % num_rows
@@ -132,25 +142,36 @@ def _select_blocks(
         flags = usable_ptr + batch * num_blocks + blocks
         is_usable = tl.load(flags, mask=visible, other=0) != 0
     budget = tl.load(budget_ptr + selection)
-    forced = _forced_blocks(
-        blocks, visible, is_usable, score, first_query, last_query, upper, num_blocks,
-        KEY_BLOCK, DIAGONAL,
-    )  # fmt: skip
     order = _ordered_bits(score)
-    num_visible = tl.sum(visible.to(tl.int32), 0)
-    total = tl.sum(tl.where(visible, score, 0.0), 0)
-    if SELECTOR == "top_p":
-        cut = _cut(order, score, visible, forced, budget * total, True)
-        kept = forced | (visible & ((order >= cut) | (budget >= 1.0)))
-    elif SELECTOR == "threshold":
-        share = tl.math.div_rn(score, tl.zeros_like(score) + total)
-        limit = tl.math.div_rn(budget, num_visible.to(tl.float32))
-        kept = forced | (visible & (share >= limit))
-    elif SELECTOR == "fraction":
-        wanted = tl.math.ceil(budget * num_visible.to(tl.float32)).to(tl.int32)
-        kept = _kept_by_count(order, visible, forced, wanted)
+    forced = _forced_blocks(
+        blocks,
+        visible,
+        is_usable,
+        order,
+        first_query,
+        last_query,
+        upper,
+        k_len,
+        KEY_BLOCK,
+        DIAGONAL,
+    )
+    num_visible = tl.sum(visible.to(tl.int32), 0).to(tl.float32)
+    BY_SUM: tl.constexpr = (SELECTOR == "top_p") | (SELECTOR == "threshold")
+    if BY_SUM:
+        total = tl.sum(tl.where(visible, score, 0.0), 0)
+        # A score that is NaN cannot be judged: the row then answers as dense attention would.
+        if SELECTOR == "top_p":
+            cut = _cut(order, score, visible, forced, budget * total, True)
+            cut = tl.where(budget >= 1.0, -0x7FFFFFFF, cut)
+            kept = order >= tl.where(total == total, cut, -0x7FFFFFFF)
+        else:
+            limit = tl.where(total > 0.0, budget * total, float("inf"))
+            limit = tl.where(total == total, limit, float("-inf"))
+            kept = (score * num_visible >= limit) | (score != score)
+        kept = forced | (visible & kept)
     else:
-        wanted = tl.math.ceil(budget).to(tl.int32)
+        wanted = budget * num_visible if SELECTOR == "fraction" else budget
+        wanted = tl.math.ceil(wanted - BLOCK_SLACK).to(tl.int32)
         kept = _kept_by_count(order, visible, forced, wanted)
     places = tl.cumsum(kept.to(tl.int32), 0) - 1
     target = program.to(tl.int64)
@@ -238,6 +259,7 @@ def launch(
             WIDTH=width,
             SELECTOR=selector,
             DIAGONAL=diagonal,
+            BLOCK_SLACK=_BLOCK_SLACK,
             num_warps=max(1, width // _PER_WARP),
         )
     return indices, counts

@@ -1,0 +1,85 @@
+"""Pooling, block scores and attention mass under the interpreter."""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[3] / "benchmarks")]
+
+from interpreter import patch_interpreter
+
+patch_interpreter()
+
+# NumPy warns where a kernel multiplies by the NaN that a test put there.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+from fuzz_kernels import check_map, check_pool
+from kernels_cases import BF16, PROFILES, Draw, map_inputs, pool_inputs
+
+from seer_compile.errors import RangeError
+from seer_compile.kernels.triton import attention_mass, block_scores, pool_blocks
+
+
+def small(op):
+    return [profile for profile in PROFILES[op] if profile["dtype"] is not BF16]
+
+
+@pytest.mark.parametrize("profile", small("pool_blocks"), ids=lambda profile: profile["kinds"])
+def test_pooling_is_as_exact_as_eager(profile):
+    for case in range(2):
+        check_pool(pool_inputs(profile, Draw(1, case), "cpu", False))
+
+
+@pytest.mark.parametrize("op", ["block_scores", "attention_mass"])
+@pytest.mark.parametrize("case", range(4))
+def test_map_is_as_exact_as_float32_allows(op, case):
+    profile = small(op)[case]
+    check_map(map_inputs(profile, Draw(2, case), "cpu", False))
+
+
+def test_mass_of_a_row_is_one_wherever_it_reads_anything():
+    query = Draw(0, 0).normal(1, 2, 50, 16)
+    mass = attention_mass.launch(query, query, 0.25, 10, 16, "mean", "sum", upper=-3)
+    torch.testing.assert_close(mass.sum(-1), torch.ones(1, 2, 5))
+
+
+def test_scores_of_the_future_are_exactly_zero():
+    features = Draw(0, 0).normal(2, 1, 2, 12, 16)
+    scores = block_scores.launch(*features, 1.0, 8, 32, 16, 96, 96, 1, upper=0)
+    future = torch.arange(6)[None] * 16 > torch.arange(3)[:, None] * 32 + 31
+    assert torch.equal(scores == 0, future.expand_as(scores))
+
+
+def test_a_shared_selection_takes_the_largest_score_of_its_heads():
+    features = Draw(0, 0).normal(2, 1, 4, 12, 16)
+    arguments = (*features, 1.0, 8, 32, 32, 96, 96)
+    alone = block_scores.launch(*arguments, 1, upper=0)
+    shared = block_scores.launch(*arguments, 2, upper=0)
+    assert torch.equal(shared, alone.unflatten(1, (2, 2)).amax(2))
+
+
+@pytest.mark.parametrize(("queries", "keys"), [(0, 8), (8, 0), (0, 0)])
+def test_empty_inputs_give_empty_or_zero_maps(queries, keys):
+    query, key = torch.zeros(1, 1, queries, 16), torch.zeros(1, 1, keys, 16)
+    mass = attention_mass.launch(query, key, 1.0, 8, 8, "max", "max")
+    assert mass.shape == (1, 1, -(-queries // 8), -(-keys // 8))
+    assert not mass.any()
+    assert pool_blocks.launch(key, 8, "mean").shape == (1, 1, -(-keys // 8), 16)
+
+
+def test_unknown_kinds_and_units_are_refused_by_name():
+    tokens = torch.zeros(1, 1, 8, 16)
+    with pytest.raises(RangeError, match="kinds"):
+        pool_blocks.launch(tokens, 8, "mean,median")
+    with pytest.raises(RangeError, match="query_unit=129"):
+        attention_mass.launch(tokens, tokens, 1.0, 129, 8, "mean", "sum")
+    with pytest.raises(RangeError, match="key_reduce"):
+        attention_mass.launch(tokens, tokens, 1.0, 8, 8, "mean", "mean")
+    with pytest.raises(RangeError, match="sub_block=12"):
+        block_scores.launch(tokens, tokens, 1.0, 12, 16, 16, 8, 8, 1)
