@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from seer_compile.backend import BackendOptions, SeerBackend
 from seer_compile.config import GateConfig
 from seer_compile.errors import ModelStateError
 from seer_compile.gate_store import GateStore
+from seer_compile.generation import attach_masks, detach_masks, entry_modules
 from seer_compile.graph_log import GraphLog
 from seer_compile.site_runner import SiteRunner, WeakBackend, compiled_entry
 from seer_compile.types import SiteHandler
@@ -28,7 +29,7 @@ STORE_NAME = "seer_gates"
 _SESSION = "_seer_session"
 _REPORT = "seer_report"
 _COMPILED = "_compiled_call_impl"
-_RUNNER = "_seer_runner"
+_CALL = "_call_impl"
 _DDP_IGNORED = "_ddp_params_and_buffers_to_ignore"
 
 
@@ -46,11 +47,12 @@ class Session:
         self.options = options
         self.calibration: dict[str, Any] = {}
         """Summary of the calibration whose gates are in the store."""
-        self.previous_call: Callable[..., Any] | None = model.__dict__.get(_COMPILED)
-        self._bind(model)
+        entries = entry_modules(model)
+        self.previous_calls = [entry.__dict__.get(_COMPILED) for entry in entries]
+        self._bind(entries)
 
-    def _bind(self, model: nn.Module) -> None:
-        self._model = weakref.ref(model)
+    def _bind(self, entries: Sequence[nn.Module]) -> None:
+        self._entries = [weakref.ref(entry) for entry in entries]
         self.log = GraphLog()
         self._runner: SiteRunner | None = None
         self.renew()
@@ -58,17 +60,35 @@ class Session:
     @property
     def model(self) -> nn.Module:
         """The model that this session is attached to."""
-        model = self._model()
-        if model is None:
+        return self.entries[0]
+
+    @property
+    def entries(self) -> list[nn.Module]:
+        """The modules whose calls are compiled; the first is the model."""
+        entries = [entry for reference in self._entries if (entry := reference()) is not None]
+        if len(entries) < len(self._entries):
             raise ModelStateError("the optimized model no longer exists")
-        return model
+        return entries
 
     def renew(self) -> None:
         """Compile the model's call anew: the next call captures graphs afresh."""
+        self.backend = SeerBackend(self.store, root=self.model, options=self.options, log=self.log)
+        backend = WeakBackend(self.backend, "compile")
+        for entry in self.entries:
+            call = compiled_entry(entry, backend, is_inner=entry is not self.model)
+            entry.__dict__[_COMPILED] = functools.partial(call, entry)
+        # Dynamo would trace a surrounding torch.compile straight into forward, past the compiled
+        # call; a call implementation of the instance's own makes it go through the call.
         model = self.model
-        self.backend = SeerBackend(self.store, root=model, options=self.options, log=self.log)
-        entry = compiled_entry(model, WeakBackend(self.backend, "compile"))
-        model.__dict__[_COMPILED] = functools.partial(entry, model)
+        model.__dict__[_CALL] = functools.partial(type(model)._call_impl, model)
+
+    def unplug(self) -> None:
+        """Give every entry the call back that it had."""
+        self.model.__dict__.pop(_CALL, None)
+        for entry, previous in zip(self.entries, self.previous_calls, strict=True):
+            entry.__dict__.pop(_COMPILED, None)
+            if previous is not None:
+                entry.__dict__[_COMPILED] = previous
 
     def runner(self) -> SiteRunner:
         """Return what runs the model with handlers; its graphs are kept."""
@@ -93,7 +113,7 @@ class Session:
     def __getstate__(self) -> dict[str, Any]:
         """Keep what a copy needs; compiled code, logs and runners are made anew."""
         return {
-            "model": self.model,
+            "entries": self.entries,
             "store": self.store,
             "options": self.options,
             "calibration": self.calibration,
@@ -102,8 +122,8 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.store, self.options = state["store"], state["options"]
         self.calibration = dict(state["calibration"])
-        self.previous_call = None
-        self._bind(state["model"])
+        self.previous_calls = [None] * len(state["entries"])
+        self._bind(state["entries"])
 
 
 class ReportCall:
@@ -157,6 +177,7 @@ def attach(model: nn.Module, config: GateConfig | None, options: BackendOptions)
     model.__dict__[_SESSION] = session
     model.__dict__[_REPORT] = ReportCall(session)
     model._register_state_dict_hook(leave_gates_out)
+    attach_masks(model)
     ignored = model.__dict__.get(_DDP_IGNORED)
     model.__dict__[_DDP_IGNORED] = GateTensorNames(store, ignored)
     return session
@@ -166,10 +187,10 @@ def detach(model: nn.Module) -> None:
     """Take off everything that :func:`attach` put on; the model is as it was."""
     session = require_session(model)
     del model._modules[STORE_NAME]
-    for name in (_SESSION, _REPORT, _COMPILED):
+    session.unplug()
+    for name in (_SESSION, _REPORT):
         model.__dict__.pop(name, None)
-    if session.previous_call is not None:
-        model.__dict__[_COMPILED] = session.previous_call
+    detach_masks(model)
     ignored = model.__dict__.pop(_DDP_IGNORED, None)
     if isinstance(ignored, GateTensorNames) and ignored.others is not None:
         model.__dict__[_DDP_IGNORED] = ignored.others
@@ -208,14 +229,16 @@ def unplugged(model: nn.Module) -> Iterator[None]:
     if session is None:
         yield
         return
-    modules, compiled = dict(model._modules), model.__dict__.pop(_COMPILED, None)
+    modules = dict(model._modules)
+    compiled = [(entry, entry.__dict__.pop(_COMPILED)) for entry in session.entries]
     del model._modules[STORE_NAME]
     try:
         yield
     finally:
         model._modules.clear()
         model._modules.update(modules)
-        model.__dict__[_COMPILED] = compiled
+        for entry, call in compiled:
+            entry.__dict__[_COMPILED] = call
 
 
 def run_with_handler(

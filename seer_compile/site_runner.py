@@ -10,6 +10,7 @@ import functools
 import itertools
 import threading
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +20,8 @@ from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 
-from seer_compile.errors import ModelStateError, SeerError
+from seer_compile.errors import DenseFallbackWarning, ModelStateError, SeerError
+from seer_compile.generation import is_decoding_step
 from seer_compile.graph_log import GraphRecord
 from seer_compile.types import SiteHandler
 
@@ -35,7 +37,7 @@ def isolated_entry(model: nn.Module) -> Callable[..., Any]:
     """
 
     def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-        return module._call_impl(*args, **kwargs)
+        return type(module)._call_impl(module, *args, **kwargs)
 
     name = f"seer_{type(model).__name__}_{next(_numbers)}"
     return types.FunctionType(call.__code__.replace(co_name=name), globals(), name)
@@ -61,12 +63,30 @@ class WeakBackend:
         return getattr(owner, self._method)(graph_module, example_inputs)
 
 
-def compiled_entry(model: nn.Module, backend: WeakBackend) -> Callable[..., Any]:
-    """Return a compiled ``(module, *args, **kwargs)`` whose errors of ours arrive unwrapped."""
+def compiled_entry(
+    model: nn.Module, backend: WeakBackend, *, is_inner: bool = False
+) -> Callable[..., Any]:
+    """Return a compiled ``(module, *args, **kwargs)`` whose errors of ours arrive unwrapped.
+
+    A surrounding ``torch.compile`` would trace through it and see plain attention, so it is made
+    to break its graph here. Two calls are traced through: one decoding step, which is dense, and a
+    call from within the compiled model, whose graph this backend rewrites anyway.
+    """
     compiled = torch.compile(isolated_entry(model), backend=backend)
+
+    # A function of its own: disabling the compiled one would reach through to what it compiles.
+    @torch.compiler.disable(reason="seer_compile compiles this call itself")  # type: ignore[call-arg]
+    def apart(*args: Any, **kwargs: Any) -> Any:
+        return compiled(*args, **kwargs)
 
     @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
+        if torch.compiler.is_exporting():
+            return _exported(*args, **kwargs)
+        if torch.compiler.is_dynamo_compiling():
+            if is_inner or is_decoding_step(kwargs):
+                return type(args[0])._call_impl(*args, **kwargs)
+            return apart(*args, **kwargs)
         try:
             return compiled(*args, **kwargs)
         except BackendCompilerFailed as failure:
@@ -75,6 +95,17 @@ def compiled_entry(model: nn.Module, backend: WeakBackend) -> Callable[..., Any]
             raise
 
     return call
+
+
+def _exported(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
+    if not torch.compiler.is_dynamo_compiling():
+        warnings.warn(
+            "torch.export sees an optimized model with dense attention; seer_compile.export "
+            "exports the sparse one.",
+            DenseFallbackWarning,
+            stacklevel=2,
+        )
+    return type(model)._call_impl(model, *args, **kwargs)
 
 
 class SiteRunner:
