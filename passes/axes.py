@@ -1,9 +1,9 @@
 """Which logical axis each dimension of a tensor is, followed through layout calls.
 
-A *layout* has one tuple of letters per dimension: ``(("b",), ("h", "r"), ("q",), ("d",))`` says that
-dimension 1 merges ``h`` (outer) and ``r`` (inner). A dimension of size 1 without a letter is ``()``.
-When a view cuts a letter in two, the halves get names and the cut is remembered, so layouts written
-before the cut stay comparable.
+A *layout* has one tuple of letters per dimension: ``(("b",), ("h", "r"), ("q",), ("d",))`` says
+that dimension 1 merges ``h`` (outer) and ``r`` (inner). A dimension of size 1 without a letter is
+``()``. When a view cuts a letter in two, the halves get names and the cut is remembered, so layouts
+written before the cut stay comparable.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.utils._sympy.functions import FloorDiv
 
 from seer_compile.passes.fx_utils import bound_arguments, is_known, tensor_shape
 
-Layout = tuple[tuple[str, ...], ...]
+Letters = tuple[str, ...]
+Layout = tuple[Letters, ...]
 
 
 class AxisBook:

@@ -129,5 +129,7 @@ def is_batched(node: Node) -> bool:
     """Whether the call multiplies two tensors of at least three dimensions each."""
     if packet_of(node) not in CONTRACTIONS:
         return False
-    operands = [argument for argument in pytree.tree_leaves(node.args) if isinstance(argument, Node)]
+    operands = [
+        argument for argument in pytree.tree_leaves(node.args) if isinstance(argument, Node)
+    ]
     return sum(len(tensor_shape(operand) or ()) >= 3 for operand in operands) >= 2

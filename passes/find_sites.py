@@ -10,7 +10,7 @@ Read-only. A site that cannot be rewritten is still returned, with the obstacle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,7 @@ from seer_compile.passes.match_decomposed import SOFTMAXES, match_decomposed
 from seer_compile.passes.match_fused import match_flex, match_fused
 from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
+from seer_compile.passes.peel_layouts import Peeled
 from seer_compile.passes.site_names import SiteCounter, SiteNames
 from seer_compile.types import AttentionSite, LayoutStep, Operand, SkipCode
 
@@ -86,12 +87,10 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
         if not match.obstacles:
             match.refuse(SkipCode.RANK)
         return _unarranged_site(match, name, path)
-    for operand in (arrangement.query, arrangement.key, arrangement.value):
-        writer = mutations.writer_between(operand.node, operand.node, match.output)
-        if writer is not None:
-            match.refuse(SkipCode.MUTATION, f"`{writer.name}` changes `{operand.node.name}`")
     book, products = match.book, match.products
     assert products is not None
+    for states in (products.query, products.key, products.value):
+        _refuse_changed(match, states, mutations)
     head_dim = int(book.size(book.resolve(products.head_dim)))
     letters = _canonical_letters(match, arrangement)
     scale = 1 / math.sqrt(head_dim) if match.scale is None else match.scale
@@ -123,6 +122,15 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
     )
 
 
+def _refuse_changed(match: Match, states: Sequence[Peeled], mutations: Mutations) -> None:
+    """Refuse an operand that changes in place on the way to the site, at any of its layouts."""
+    for state in states:
+        writer = mutations.writer_between(state.node, state.node, match.output)
+        if writer is not None:
+            match.refuse(SkipCode.MUTATION, f"`{writer.name}` changes `{state.node.name}`")
+            return
+
+
 def _in_dtype(operand: Operand, product: Node, output: Node) -> Operand:
     """Return the operand in the dtype that its product computes in.
 
@@ -144,9 +152,7 @@ def _in_dtype(operand: Operand, product: Node, output: Node) -> Operand:
     return Operand(node=operand.node, steps=(*operand.steps, cast))
 
 
-def _canonical_letters(
-    match: Match, arrangement: Arrangement
-) -> list[tuple[tuple[str, ...], str]]:
+def _canonical_letters(match: Match, arrangement: Arrangement) -> list[tuple[tuple[str, ...], str]]:
     """Return the letters of types.py for the match's own: ``b h q k``, ``h0 h1`` for parts."""
     assert match.products is not None
     groups = {
@@ -165,9 +171,7 @@ def _canonical_letters(
     return whole + parts
 
 
-def _renamed(
-    letters: tuple[str, ...], names: list[tuple[tuple[str, ...], str]]
-) -> tuple[str, ...]:
+def _renamed(letters: tuple[str, ...], names: list[tuple[tuple[str, ...], str]]) -> tuple[str, ...]:
     renamed: list[str] = []
     while letters:
         old, new = next((o, n) for o, n in names if o and letters[: len(o)] == o)

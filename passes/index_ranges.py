@@ -63,7 +63,7 @@ class IndexRanges:
     @property
     def has_one_query(self) -> bool:
         """Whether there is exactly one query token."""
-        return self._last[self.query] == 0
+        return "q" in self.symbols and self._last[self.query] == 0
 
     def fresh(self, size: Any) -> sympy.Symbol:
         """Return a new symbol running from 0 to ``size``."""

@@ -231,4 +231,3 @@ def _fits(value: Any, dtype: torch.dtype) -> bool:
 def _in_range(value: int, dtype: torch.dtype) -> bool:
     limits = torch.iinfo(dtype)
     return limits.min <= value <= limits.max
-

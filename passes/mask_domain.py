@@ -165,6 +165,11 @@ def as_number(value: Value) -> Value:
     return value
 
 
+def is_number(value: Any) -> bool:
+    """Whether a value is a known constant."""
+    return isinstance(value, float) or (isinstance(value, sympy.Expr) and bool(value.is_number))
+
+
 def lift(function: Callable[..., Any], *values: Any) -> Any:
     """Apply ``function`` below every choice of its arguments.
 

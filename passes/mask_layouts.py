@@ -70,8 +70,9 @@ def slice_start(start: Any, size: Any) -> sympy.Expr | None:
 
 def _select(interpreter: MaskInterpreter, node: Node, index: Index) -> Index | None:
     arguments = bound_arguments(node)
-    shape = tensor_shape(node.args[0]) or ()
-    axis, place = arguments["dim"] % len(shape), fake_value(arguments["index"])
+    shape = list(tensor_shape(node.args[0]) or ())
+    axis: int = arguments["dim"] % len(shape)
+    place: Any = fake_value(arguments["index"])
     if not isinstance(place, (int, torch.SymInt)):
         return None
     if is_known(place < 0):

@@ -15,7 +15,8 @@ from torch.fx import Node
 from seer_compile.passes.fx_utils import bound_arguments, fake_value, tensor_shape
 from seer_compile.passes.index_ranges import as_expression
 from seer_compile.passes.interpret_masks import Index, MaskInterpreter, Rule, broadcast_index
-from seer_compile.passes.mask_arithmetic import ARITHMETIC, COMPARISONS, LOGIC
+from seer_compile.passes.mask_arithmetic import ARITHMETIC, LOGIC
+from seer_compile.passes.mask_comparisons import COMPARISONS
 from seer_compile.passes.mask_domain import (
     FALSE,
     TRUE,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -10,6 +11,10 @@ from torch.fx import Node
 from seer_compile.passes.attention_axes import Products
 from seer_compile.passes.axes import AxisBook
 from seer_compile.types import MaskTerm, SkipCode, SkipReason
+
+# A number added to or put in place of a logit hides its key from here down: half-precision masks
+# use -1e4, others finfo.min or -inf.
+HIDING = -1e4
 
 
 @dataclass(slots=True)
@@ -30,6 +35,8 @@ class Match:
     scale: float | None = 1.0
     """None for one over the square root of the head dim."""
     softcap: float | None = None
+    floor: float = -math.inf
+    """No logit is lower, those of hidden keys included."""
     dropout: float = 0.0
     is_causal: bool = False
     mask_terms: list[MaskTerm] = field(default_factory=list[MaskTerm])

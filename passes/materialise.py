@@ -22,8 +22,8 @@ from seer_compile.errors import PassError
 from seer_compile.passes.fx_utils import fake_value, insert_call, is_known, tensor_shape
 from seer_compile.passes.index_ranges import IndexRanges
 from seer_compile.passes.mask_domain import Flag, Read
+from seer_compile.passes.mask_visibility import ScalarSum
 from seer_compile.passes.mutation import Mutations
-from seer_compile.passes.prove_masks import ScalarSum
 from seer_compile.passes.symbolic import as_argument
 from seer_compile.types import AttentionSite, MaskProof, Visibility
 

@@ -138,9 +138,10 @@ def _inside(child: str, kind: type) -> Iterator[None]:
         meta["nn_module_stack"] = stack
 
 
+_C: Any = torch
 _OPENERS: dict[Any, Callable[..., Any]] = {
-    torch._transformer_encoder_layer_fwd: _encoder_layer,
-    torch._native_multi_head_attention: _multi_head_attention,
+    _C._transformer_encoder_layer_fwd: _encoder_layer,
+    _C._native_multi_head_attention: _multi_head_attention,
     torch.ops.aten._transformer_encoder_layer_fwd.default: _encoder_layer,
     torch.ops.aten._native_multi_head_attention.default: _multi_head_attention,
 }

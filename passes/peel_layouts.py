@@ -81,11 +81,11 @@ def _step(state: Peeled, book: AxisBook) -> Peeled | None:
 
 def _unscale(state: Peeled, source: Node) -> Peeled | None:
     """Step back over a multiplication by a number."""
-    number = state.node.args[1]
+    number: Any = state.node.args[1]
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and number != 0
     before, after = fake_value(source), fake_value(state.node)
-    is_plain = before.dtype == after.dtype and bound_arguments(state.node).get("rounding_mode") is None
-    if not is_number or not is_plain:
+    rounds = bound_arguments(state.node).get("rounding_mode") is not None
+    if not is_number or rounds or before.dtype != after.dtype:
         return None
     factor = float(number) if packet_of(state.node) is aten.mul else 1 / float(number)
     return replace(state, node=source, factor=state.factor * factor)

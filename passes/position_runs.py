@@ -40,9 +40,9 @@ def positions_within_documents(
     for bound in bounds:
         slopes = [bound.coeff(number) for number in numbers]
         # Only a difference is known; a number alone starts anywhere.
-        if slopes[0] == -slopes[1] and slopes[0].is_Integer:
-            bound = sympy.expand(bound.subs(dict(zip(numbers, places, strict=True))))
-        replaced.append(bound)
+        is_difference = slopes[0] == -slopes[1] and slopes[0].is_Integer
+        moved = bound.subs(dict(zip(numbers, places, strict=True))) if is_difference else bound
+        replaced.append(sympy.expand(moved))
     return replaced
 
 

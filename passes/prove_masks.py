@@ -15,29 +15,22 @@ bias elsewhere. Nothing is run, nothing is changed.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
-from torch.utils._sympy.functions import Max, Min
 
 from seer_compile.passes.fx_utils import fake_value, tensor_shape
 from seer_compile.passes.index_ranges import IndexRanges, as_expression
 from seer_compile.passes.interpret_masks import MaskInterpreter, broadcast_index
-from seer_compile.passes.mask_arithmetic import at_most_zero
+from seer_compile.passes.mask_comparisons import at_most_zero
 from seer_compile.passes.mask_domain import (
     FALSE,
     TRUE,
-    AllOf,
-    AtMost,
-    Flag,
     Formula,
-    Read,
     Real,
-    Same,
     Unclear,
     as_number,
     both,
@@ -45,39 +38,16 @@ from seer_compile.passes.mask_domain import (
     negate,
 )
 from seer_compile.passes.mask_rules import RULES
+from seer_compile.passes.mask_visibility import NotProvedError, as_visibility
+from seer_compile.passes.matches import HIDING
 from seer_compile.passes.mutation import Mutations
-from seer_compile.passes.position_runs import positions_within_documents
 from seer_compile.types import (
     AttentionSite,
     MaskProof,
     MaskTerm,
     SkipCode,
     SkipReason,
-    Visibility,
 )
-
-# Additive masks use -1e4 in half precision and finfo.min or -inf elsewhere.
-_HIDING = -1e4
-
-
-@dataclass(frozen=True, slots=True)
-class ScalarSum:
-    """An offset known at run time: a weighted sum of elements of integer tensors."""
-
-    terms: tuple[tuple[Read, int], ...]
-
-    def __str__(self) -> str:
-        """Return the names of the tensors, for tables."""
-        return " + ".join(
-            read.node.name if weight == 1 else f"{weight} * {read.node.name}"
-            for read, weight in self.terms
-        )
-
-
-class _NotProvedError(Exception):
-    def __init__(self, why: str, code: SkipCode = SkipCode.OPAQUE_MASK) -> None:
-        super().__init__(why)
-        self.reason = SkipReason(code, why)
 
 
 def prove_masks(
@@ -115,8 +85,8 @@ def _prove(
         formula = both(*(_visible(term, site, interpreter, mutations) for term in site.mask_terms))
         if site.is_causal:
             formula = both(formula, at_most_zero(interpreter, ranges.key - ranges.query))
-        visibility = _as_visibility(formula, interpreter)
-    except _NotProvedError as error:
+        visibility = as_visibility(formula, interpreter)
+    except NotProvedError as error:
         return MaskProof(visibility=None, reason=error.reason)
     return MaskProof(visibility=visibility, constants=tuple(sorted(interpreter.constants_read)))
 
@@ -127,18 +97,18 @@ def _visible(
     """Return when a term leaves a key visible."""
     shape = tensor_shape(term.node)
     if shape is None:
-        raise _NotProvedError(f"`{term.node.name}` is no tensor")
+        raise NotProvedError(f"`{term.node.name}` is no tensor")
     writer = mutations.writer_between(term.node, term.node, site.output)
     if writer is not None:
-        raise _NotProvedError(f"`{writer.name}` changes it in place", SkipCode.MUTATION)
+        raise NotProvedError(f"`{writer.name}` changes it in place", SkipCode.MUTATION)
     index = tuple(_position(axis, interpreter.ranges) for axis in term.axes)
     if len(shape) > len(index):
-        raise _NotProvedError(f"`{term.node.name}` has {len(shape)} axes")
+        raise NotProvedError(f"`{term.node.name}` has {len(shape)} axes")
     value = interpreter.element(term.node, broadcast_index(index, shape))
     is_boolean = fake_value(term.node).dtype == torch.bool
     if term.kind in ("masked_fill", "where"):
         if not isinstance(value, Formula):
-            raise _NotProvedError(f"`{term.node.name}` is not boolean")
+            raise NotProvedError(f"`{term.node.name}` is not boolean")
         _require_hiding(term, interpreter)
         return negate(value) if term.kind == "masked_fill" else value
     if is_boolean and term.kind == "attn_mask":
@@ -162,9 +132,9 @@ def _require_hiding(term: MaskTerm, interpreter: MaskInterpreter) -> None:
         fill = interpreter.element(fill, (sympy.Integer(0),) * len(shape)) if is_scalar else None
     if isinstance(fill, sympy.Expr) and fill.is_number:
         fill = float(fill)
-    if not isinstance(fill, (int, float)) or not fill * term.factor <= _HIDING:
-        raise _NotProvedError(
-            f"hidden logits become {term.fill}, not {_HIDING:g} or less", SkipCode.FLOAT_BIAS
+    if not isinstance(fill, (int, float)) or not fill * term.factor <= HIDING:
+        raise NotProvedError(
+            f"hidden logits become {term.fill}, not {HIDING:g} or less", SkipCode.FLOAT_BIAS
         )
 
 
@@ -173,120 +143,8 @@ def _leaf_visible(leaf: Any, term: MaskTerm) -> Formula:
         number = float(leaf) * term.factor
         if number == 0:
             return TRUE
-        if number <= _HIDING:
+        if number <= HIDING:
             return FALSE
         return Unclear(f"`{term.node.name}` adds {number:g}", SkipCode.FLOAT_BIAS)
     source = leaf.read.node.name if isinstance(leaf, Real) else term.node.name
     return Unclear(f"values of `{source}`", SkipCode.FLOAT_BIAS)
-
-
-def _as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
-    if formula == FALSE:
-        raise _NotProvedError("hides every key")
-    atoms = formula.parts if isinstance(formula, AllOf) else frozenset({formula})
-    flags, documents, bounds = [], [], []
-    for atom in sorted(atoms, key=str):
-        if isinstance(atom, Unclear):
-            raise _NotProvedError(atom.why, atom.code)
-        if isinstance(atom, Flag):
-            flags.append(atom)
-        elif isinstance(atom, Same):
-            documents.append(atom)
-        elif isinstance(atom, AtMost):
-            bounds.append(atom.expression)
-        else:
-            raise _NotProvedError("a key is visible under one of several conditions")
-    if len(documents) > 1:
-        raise _NotProvedError("two different document numberings")
-    for document in documents:
-        bounds = positions_within_documents(document, bounds, interpreter)
-    for flag in flags:
-        _require_key_padding(flag, interpreter)
-    upper, lower, offset = _band(bounds, interpreter)
-    return Visibility(
-        upper=upper,
-        lower=lower,
-        offset=offset,
-        key_padding=tuple(flags) or None,
-        query_documents=documents[0].left if documents else None,
-        key_documents=documents[0].right if documents else None,
-    )
-
-
-def _require_key_padding(flag: Flag, interpreter: MaskInterpreter) -> None:
-    others = interpreter.dependence(flag.read.index) - interpreter.ranges.key_side
-    if others:
-        letters = ", ".join(sorted(str(symbol).removeprefix("index_") for symbol in others))
-        raise _NotProvedError(f"`{flag.read.node.name}` depends on axis {letters}")
-    if not interpreter.is_plain(flag.read):
-        raise _NotProvedError(f"`{flag.read.node.name}` is gathered by position")
-
-
-def _band(
-    bounds: Sequence[sympy.Expr], interpreter: MaskInterpreter
-) -> tuple[Any, Any, ScalarSum | None]:
-    """Return the band that all bounds ``expression <= 0`` make together."""
-    uppers: list[sympy.Expr] = []
-    lowers: list[sympy.Expr] = []
-    offsets: set[sympy.Expr] = set()
-    for expression in bounds:
-        side, size, offset = _edge(expression, interpreter)
-        (uppers if side > 0 else lowers).append(size)
-        offsets.add(offset)
-    if len(offsets) > 1:
-        raise _NotProvedError("bounds with different run-time offsets")
-    upper = _tightest(uppers, Min, interpreter)
-    lower = _tightest(lowers, Max, interpreter)
-    return upper, lower, _scalar_sum(offsets.pop(), interpreter) if offsets else None
-
-
-def _edge(
-    expression: sympy.Expr, interpreter: MaskInterpreter
-) -> tuple[int, sympy.Expr, sympy.Expr]:
-    """Return the side (1 upper, -1 lower), the size part and the tensor part of a bound."""
-    ranges = interpreter.ranges
-    slopes = tuple(expression.coeff(symbol) for symbol in (ranges.query, ranges.key))
-    if ranges.has_one_query:
-        # The only query is at 0: its slope is free, so a bound on the key alone is a band.
-        expression = expression.subs(ranges.query, 0)
-        slopes = (-slopes[1], slopes[1])
-        expression = sympy.expand(expression + slopes[0] * ranges.query)
-    if slopes not in ((-1, 1), (1, -1)):
-        raise _NotProvedError(f"a condition on {_named(expression, interpreter)}")
-    side = int(slopes[1])
-    rest = sympy.expand(expression - side * (ranges.key - ranges.query))
-    if interpreter.dependence(rest):
-        raise _NotProvedError(f"a condition on {_named(expression, interpreter)}")
-    scalars = [symbol for symbol in rest.free_symbols if symbol in interpreter.read_of]
-    offset = sympy.expand(sum((rest.coeff(s) * s for s in scalars), sympy.Integer(0)))
-    return side, sympy.expand(-side * (rest - offset)), sympy.expand(-side * offset)
-
-
-def _named(expression: sympy.Expr, interpreter: MaskInterpreter) -> str:
-    names = {
-        symbol: sympy.Symbol(interpreter.read_of[symbol].node.name)
-        for symbol in expression.free_symbols
-        if symbol in interpreter.read_of
-    }
-    return str(expression.subs(names)).replace("index_", "")
-
-
-def _tightest(edges: Sequence[sympy.Expr], join: Any, interpreter: MaskInterpreter) -> Any:
-    if not edges:
-        return None
-    size = interpreter.ranges.as_size(edges[0] if len(edges) == 1 else join(*edges))
-    if size is None:
-        raise _NotProvedError(f"bound {edges[0]} is not a size")
-    return size
-
-
-def _scalar_sum(offset: sympy.Expr, interpreter: MaskInterpreter) -> ScalarSum | None:
-    if offset == 0:
-        return None
-    terms = []
-    for symbol in sorted(offset.free_symbols, key=str):
-        weight = offset.coeff(symbol)
-        if not weight.is_Integer:
-            raise _NotProvedError("a run-time offset that is not a sum")
-        terms.append((interpreter.read_of[symbol], int(weight)))
-    return ScalarSum(tuple(terms))

@@ -10,52 +10,32 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Literal
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch.fx import Node
 
 from seer_compile.passes.axes import permutation_of
-from seer_compile.passes.contractions import CONTRACTIONS, is_batched
+from seer_compile.passes.contractions import CONTRACTIONS
+from seer_compile.passes.dataflow import COPIES, VIEWS, leads_to_product
 from seer_compile.passes.fx_utils import bound_arguments, is_known, packet_of, tensor_shape
 from seer_compile.types import SkipCode, SkipReason
 
 aten = torch.ops.aten
-COPIES = (
-    aten.to,
-    aten._to_copy,
-    aten.type_as,
-    aten.contiguous,
-    aten.clone,
-    aten.alias,
-)
-VIEWS = (
-    aten.view,
-    aten.reshape,
-    aten._unsafe_view,
-    aten.flatten,
-    aten.unflatten,
-    aten.squeeze,
-    aten.unsqueeze,
-    aten.expand,
-)
-_OBSERVERS = (aten._assert_tensor_metadata, aten.sym_size, aten.sym_stride, aten.sym_numel)
-_PRODUCES_FRESH_VALUES = (aten.linear, aten.mm, aten.addmm, aten.embedding)
 _LONGEST = 40
-_DEEPEST = 12
-_HIDING = -1e4
 Number = Callable[[Any], float | None]
+EffectKind = Literal["layout", "scale", "tanh", "floor", "add", "masked_fill", "where"]
 
 
 @dataclass(frozen=True, slots=True)
 class Effect:
     """One call on the way from the product to the softmax."""
 
-    kind: Literal["layout", "scale", "tanh", "add", "masked_fill", "where"]
+    kind: EffectKind
     node: Node
     number: float = 1.0
-    """Factor of ``scale``; weight of the operand of ``add``."""
+    """Factor of ``scale``, bound of ``floor``, weight of the operand of ``add``."""
     operand: Node | None = None
     fill: Any = None
 
@@ -73,12 +53,6 @@ class LogitChain:
     obstacles: tuple[SkipReason, ...] = ()
 
 
-class _LeftTableError(Exception):
-    def __init__(self, code: SkipCode, why: str) -> None:
-        super().__init__(why)
-        self.reason = SkipReason(code, why)
-
-
 def trace_logits(softmax: Node, number: Number) -> LogitChain:
     """Walk from a softmax back to the product of queries and keys.
 
@@ -89,102 +63,166 @@ def trace_logits(softmax: Node, number: Number) -> LogitChain:
     Returns:
         The chain; without product, and with the reason, where a call is not understood.
     """
-    effects: list[Effect] = []
-    helpers: set[Node] = set()
-    obstacles: list[SkipReason] = []
-    node = softmax.args[0]
+    walk = _Walk(number)
     try:
+        product = walk.run(softmax.args[0])
+    except _LeftTableError as error:
+        return LogitChain(None, obstacles=(*walk.obstacles, error.reason))
+    return LogitChain(
+        product,
+        tuple(reversed(walk.effects)),
+        frozenset(walk.helpers),
+        tuple(walk.obstacles),
+    )
+
+
+class _LeftTableError(Exception):
+    def __init__(self, why: str, code: SkipCode = SkipCode.AMBIGUOUS) -> None:
+        super().__init__(why)
+        self.reason = SkipReason(code, why)
+
+
+@dataclass(slots=True)
+class _Walk:
+    number: Number
+    effects: list[Effect] = field(default_factory=list[Effect])
+    """Last executed first."""
+    helpers: set[Node] = field(default_factory=set[Node])
+    obstacles: list[SkipReason] = field(default_factory=list[SkipReason])
+
+    def run(self, node: Any) -> Node:
+        """Step back until a product."""
         for _ in range(_LONGEST):
             if not isinstance(node, Node):
-                raise _LeftTableError(SkipCode.AMBIGUOUS, "logits are not a tensor")
-            if packet_of(node) in CONTRACTIONS:
-                effects += _of_product(node)
-                return LogitChain(
-                    node, tuple(reversed(effects)), frozenset(helpers), tuple(obstacles)
-                )
-            node = _step_back(node, number, effects, helpers, obstacles)
-        raise _LeftTableError(SkipCode.AMBIGUOUS, "no product of queries and keys behind it")
-    except _LeftTableError as error:
-        return LogitChain(None, obstacles=(*obstacles, error.reason))
+                break
+            packet = packet_of(node)
+            if packet in CONTRACTIONS:
+                self._end(node)
+                return node
+            if permutation_of(node, len(tensor_shape(node) or ())) is not None:
+                step = _Walk.layout
+            else:
+                step = self.STEPS.get(packet)
+            if step is None:
+                raise _LeftTableError(f"`{node.name}` ({packet or node.target})")
+            node = step(self, node)
+        raise _LeftTableError("no product of queries and keys behind it")
 
+    def _end(self, product: Node) -> None:
+        """Note what ``baddbmm`` does besides multiplying."""
+        if packet_of(product) is not aten.baddbmm:
+            return
+        arguments = bound_arguments(product)
+        weight = float(arguments["beta"])
+        if weight != 0:
+            self.effects.append(Effect("add", product, weight, arguments["self"]))
+        self.effects.append(Effect("scale", product, float(arguments["alpha"])))
 
-def _step_back(
-    node: Node,
-    number: Number,
-    effects: list[Effect],
-    helpers: set[Node],
-    obstacles: list[SkipReason],
-) -> Any:
-    packet = packet_of(node)
-    if packet in COPIES:
+    def copy(self, node: Node) -> Any:
         return node.args[0]
-    if packet in VIEWS or permutation_of(node, len(tensor_shape(node) or ())) is not None:
-        effects.append(Effect("layout", node))
+
+    def layout(self, node: Node) -> Any:
+        self.effects.append(Effect("layout", node))
         return node.args[0]
-    if packet in (aten.mul, aten.mul_, aten.div, aten.div_):
-        return _scale(node, number, effects)
-    if packet is aten.tanh:
-        effects.append(Effect("tanh", node))
+
+    def tanh(self, node: Node) -> Any:
+        self.effects.append(Effect("tanh", node))
         return node.args[0]
-    if packet in (aten.add, aten.add_, aten.sub, aten.sub_):
-        return _add(node, number, effects, helpers)
-    if packet in (aten.masked_fill, aten.masked_fill_, aten.where):
-        return _replace(node, effects)
-    if packet in (aten.maximum, aten.clamp, aten.clamp_min):
-        return _clamp(node, number)
-    if packet is aten.cat:
-        return _concatenation(node, obstacles)
-    raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` ({packet or node.target})")
 
+    def scale(self, node: Node) -> Any:
+        left, right = node.args[:2]
+        factor = self.number(right)
+        is_division = packet_of(node) in (aten.div, aten.div_)
+        if is_division and bound_arguments(node).get("rounding_mode") is not None:
+            raise _LeftTableError(f"`{node.name}` rounds the logits")
+        if factor is None and not is_division:
+            left, right, factor = right, left, self.number(left)
+        if factor is None or (is_division and factor == 0):
+            raise _LeftTableError(f"`{node.name}` multiplies logits by a tensor", SkipCode.SCALE)
+        _require_same_shape(node, left)
+        self.effects.append(Effect("scale", node, 1 / factor if is_division else factor))
+        return left
 
-def _of_product(product: Node) -> list[Effect]:
-    """Return what ``baddbmm`` does besides multiplying, last effect first."""
-    if packet_of(product) is not aten.baddbmm:
-        return []
-    arguments = bound_arguments(product)
-    scale = Effect("scale", product, number=float(arguments["alpha"]))
-    weight = float(arguments["beta"])
-    if weight == 0:
-        return [scale]
-    return [Effect("add", product, number=weight, operand=arguments["self"]), scale]
+    def add(self, node: Node) -> Any:
+        left, right = node.args[:2]
+        weight = float(bound_arguments(node)["alpha"])
+        if packet_of(node) in (aten.sub, aten.sub_):
+            stabiliser = _row_maximum(right, left)
+            if stabiliser is not None and weight == 1:
+                self.helpers |= stabiliser
+                return left
+            weight = -weight
+        logits, other = self._sides(node, left, right)
+        if logits is right and weight != 1:
+            raise _LeftTableError(f"`{node.name}` subtracts the logits")
+        if isinstance(other, Node):
+            self.effects.append(Effect("add", node, weight, other))
+        elif self.number(other) is None:
+            raise _LeftTableError(f"`{node.name}` adds {other}")
+        return logits
 
+    def masked_fill(self, node: Node) -> Any:
+        logits, condition, fill = node.args[:3]
+        return self._fill("masked_fill", node, logits, condition, fill)
 
-def _scale(node: Node, number: Number, effects: list[Effect]) -> Any:
-    left, right = node.args[:2]
-    factor = number(right)
-    is_division = packet_of(node) in (aten.div, aten.div_)
-    if is_division and bound_arguments(node).get("rounding_mode") is not None:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` rounds the logits")
-    if factor is None and not is_division:
-        left, right, factor = right, left, number(left)
-    if factor is None or (is_division and factor == 0):
-        raise _LeftTableError(SkipCode.SCALE, f"`{node.name}` multiplies logits by a tensor")
-    _require_same_shape(node, left)
-    effects.append(Effect("scale", node, number=1 / factor if is_division else factor))
-    return left
+    def where(self, node: Node) -> Any:
+        if len(node.args) != 3:
+            raise _LeftTableError(f"`{node.name}`")
+        condition, then, other = node.args
+        logits, fill = self._sides(node, then, other)
+        kind = "where" if logits is then else "masked_fill"
+        return self._fill(kind, node, logits, condition, fill)
 
+    def floor(self, node: Node) -> Any:
+        """``max(logits, finfo.min)``."""
+        left, *bounds = (*node.args, *node.kwargs.values())
+        if len(bounds) != 1 or "max" in node.kwargs:
+            raise _LeftTableError(f"`{node.name}` limits the logits")
+        logits, bound = self._sides(node, left, bounds[0])
+        lowest = self.number(bound)
+        if lowest is None:
+            raise _LeftTableError(f"`{node.name}` limits the logits")
+        self.effects.append(Effect("floor", node, lowest))
+        return logits
 
-def _add(node: Node, number: Number, effects: list[Effect], helpers: set[Node]) -> Any:
-    left, right = node.args[:2]
-    weight = float(bound_arguments(node)["alpha"])
-    if packet_of(node) in (aten.sub, aten.sub_):
-        stabiliser = _row_maximum(right, left)
-        if stabiliser is not None and weight == 1:
-            helpers |= stabiliser
-            return left
-        weight = -weight
-    sides = [side for side in (left, right) if leads_to_product(side)]
-    if len(sides) != 1:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` adds two products")
-    if sides[0] is right and weight != 1:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` subtracts the logits")
-    other = right if sides[0] is left else left
-    _require_same_shape(node, sides[0])
-    if isinstance(other, Node):
-        effects.append(Effect("add", node, number=weight, operand=other))
-    elif number(other) is None:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` adds {other}")
-    return sides[0]
+    def concatenation(self, node: Node) -> Any:
+        parts = node.args[0]
+        sides = [part for part in parts if leads_to_product(part)]  # pyright: ignore
+        if len(sides) != 1:
+            raise _LeftTableError(f"`{node.name}` joins logits")
+        reason = SkipReason(SkipCode.SINK_LOGIT, f"`{node.name}` appends to the logits")
+        self.obstacles.append(reason)
+        return sides[0]
+
+    def _fill(
+        self, kind: Literal["masked_fill", "where"], node: Node, logits: Any, when: Any, fill: Any
+    ) -> Any:
+        if not isinstance(when, Node):
+            raise _LeftTableError(f"`{node.name}` has no condition tensor")
+        _require_same_shape(node, logits)
+        self.effects.append(Effect(kind, node, operand=when, fill=fill))
+        return logits
+
+    def _sides(self, node: Node, left: Any, right: Any) -> tuple[Any, Any]:
+        """Return the logits and the other operand."""
+        is_product = leads_to_product(left), leads_to_product(right)
+        if is_product[0] == is_product[1]:
+            raise _LeftTableError(f"`{node.name}` joins two products")
+        logits, other = (left, right) if is_product[0] else (right, left)
+        _require_same_shape(node, logits)
+        return logits, other
+
+    STEPS: ClassVar[dict[Any, Callable[[_Walk, Node], Any]]] = {
+        **dict.fromkeys(COPIES, copy),
+        **dict.fromkeys(VIEWS, layout),
+        **dict.fromkeys((aten.mul, aten.mul_, aten.div, aten.div_), scale),
+        **dict.fromkeys((aten.add, aten.add_, aten.sub, aten.sub_), add),
+        **dict.fromkeys((aten.masked_fill, aten.masked_fill_), masked_fill),
+        **dict.fromkeys((aten.maximum, aten.clamp, aten.clamp_min), floor),
+        aten.tanh: tanh,
+        aten.where: where,
+        aten.cat: concatenation,
+    }
 
 
 def _row_maximum(subtrahend: Any, logits: Any) -> set[Node] | None:
@@ -203,84 +241,8 @@ def _row_maximum(subtrahend: Any, logits: Any) -> set[Node] | None:
     return None
 
 
-def _replace(node: Node, effects: list[Effect]) -> Any:
-    if packet_of(node) is not aten.where:
-        logits, condition, fill = node.args[:3]
-        _require_same_shape(node, logits)
-        _append_fill(effects, "masked_fill", node, condition, fill)
-        return logits
-    if len(node.args) != 3:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}`")
-    condition, then, other = node.args
-    sides = [side for side in (then, other) if leads_to_product(side)]
-    if len(sides) != 1:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` chooses between two products")
-    _require_same_shape(node, sides[0])
-    is_kept = sides[0] is then
-    _append_fill(
-        effects, "where" if is_kept else "masked_fill", node, condition, other if is_kept else then
-    )
-    return sides[0]
-
-
-def _append_fill(
-    effects: list[Effect],
-    kind: Literal["where", "masked_fill"],
-    node: Node,
-    condition: Any,
-    fill: Any,
-) -> None:
-    if not isinstance(condition, Node):
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` has no condition tensor")
-    effects.append(Effect(kind, node, operand=condition, fill=fill))
-
-
-def _clamp(node: Node, number: Number) -> Any:
-    """``max(logits, finfo.min)``: no logit that counts is lower."""
-    logits, *bounds = [side for side in node.args if leads_to_product(side)] or [None]
-    limits = [side for side in (*node.args, *node.kwargs.values()) if side is not logits]
-    lowest = number(limits[0]) if len(limits) == 1 and not bounds else None
-    if logits is None or lowest is None or lowest > _HIDING or "max" in node.kwargs:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` limits the logits")
-    return logits
-
-
-def _concatenation(node: Node, obstacles: list[SkipReason]) -> Any:
-    parts = node.args[0]
-    sides = [part for part in parts if leads_to_product(part)]  # pyright: ignore
-    if len(sides) != 1:
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` joins logits")
-    obstacles.append(SkipReason(SkipCode.SINK_LOGIT, f"`{node.name}` appends to the logits"))
-    return sides[0]
-
-
 def _require_same_shape(node: Node, source: Any) -> None:
     before, after = tensor_shape(source), tensor_shape(node)
-    if before is None or after is None or len(before) != len(after):
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` broadcasts the logits")
-    if not all(is_known(old == new) for old, new in zip(before, after, strict=True)):
-        raise _LeftTableError(SkipCode.AMBIGUOUS, f"`{node.name}` broadcasts the logits")
-
-
-def only_observes(user: Node, node: Node) -> bool:
-    """Whether a reader looks at a tensor's metadata only, or does nothing with it."""
-    packet = packet_of(user)
-    is_type = packet is aten.type_as and user.args[0] is not node
-    return packet in _OBSERVERS or is_type
-
-
-def leads_to_product(value: Any) -> bool:
-    """Whether a product of two batched tensors lies a few calls behind a value."""
-    if not isinstance(value, Node):
-        return False
-    pending, seen = [(value, 0)], set()
-    while pending:
-        node, depth = pending.pop()
-        if node in seen or depth > _DEEPEST:
-            continue
-        seen.add(node)
-        if is_batched(node):
-            return True
-        if packet_of(node) not in _PRODUCES_FRESH_VALUES:
-            pending += [(source, depth + 1) for source in node.all_input_nodes]
-    return False
+    is_same = before is not None and after is not None and len(before) == len(after)
+    if not is_same or not all(is_known(old == new) for old, new in zip(before, after, strict=True)):  # pyright: ignore
+        raise _LeftTableError(f"`{node.name}` broadcasts the logits")
