@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import seer_compile.kernels.ops  # noqa: F401  (registers the operators called below)
 import torch
 from torch import Tensor
 
+import seer_compile.kernels.ops  # noqa: F401  (registers the operators called below)
 from seer_compile.budget_curve import check_fraction
 from seer_compile.types import BlockSelection, BlockSize, SiteInputs
 

@@ -90,7 +90,7 @@ def _heads_table(report: CalibrationReport) -> str:
 
 def _curve_figure(site: SiteReport) -> str:
     length = site.length
-    lines = {
+    lines: dict[str, _Points] = {
         label: list(
             zip(
                 curve.row("densities", length).tolist(),
