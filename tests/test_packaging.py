@@ -16,6 +16,8 @@ from pathlib import Path
 
 import pytest
 
+import seer_compile
+
 ROOT = Path(__file__).resolve().parent.parent
 LINKED = ("passes", "kernels", "calibration")
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
@@ -161,6 +163,10 @@ def test_package_list_equals_tree():
     assert set(mapping) == folders
     for package, folder in mapping.items():
         assert (ROOT / folder).resolve() == (ROOT / package.replace(".", "/")).resolve()
+
+
+def test_version_is_stated_once_in_effect():
+    assert seer_compile.__version__ == PYPROJECT["project"]["version"]
 
 
 def test_links_are_relative_and_reach_the_real_folders():
