@@ -97,9 +97,9 @@ def diagonal(band: Band, grid: Grid, *, has_upper: bool, rows: slice = slice(Non
 
 def units_with_key(key_padding: Tensor, unit: int) -> Tensor:
     """Return ``Bool[b n]`` from ``Bool[b k]``: units that hold a key which is not padding."""
-    short = -key_padding.shape[1] % unit
-    padded = torch.nn.functional.pad(key_padding, (0, short))
-    return padded.unflatten(1, (-1, unit)).any(-1)
+    number = -(-key_padding.shape[1] // unit)
+    padded = torch.nn.functional.pad(key_padding, (0, number * unit - key_padding.shape[1]))
+    return padded.unflatten(1, (number, unit)).any(-1)
 
 
 def document_range(documents: Tensor, unit: int) -> tuple[Tensor, Tensor]:

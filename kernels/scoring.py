@@ -28,13 +28,14 @@ _SLAB_ELEMENTS = 1 << 20
 
 def pool_blocks(tokens: Tensor, size: int, kinds: str, padding: Tensor | None) -> Tensor:
     """Reduce every run of ``size`` tokens to one vector per kind; see ``ops.pool_blocks``."""
-    short = -tokens.shape[2] % size
-    units = F.pad(tokens, (0, 0, 0, short)).unflatten(2, (-1, size))
+    number = -(-tokens.shape[2] // size)
+    short = number * size - tokens.shape[2]
+    units = F.pad(tokens, (0, 0, 0, short)).unflatten(2, (number, size))
     members = None
     if padding is not None or short:
         if padding is None:
             padding = torch.ones(tokens.shape[0], tokens.shape[2], dtype=torch.bool)
-        members = F.pad(padding, (0, short)).unflatten(1, (-1, size))[:, None, :, :, None]
+        members = F.pad(padding, (0, short)).unflatten(1, (number, size))[:, None, :, :, None]
     pooled = [_pool(units, kind, members).to(tokens.dtype) for kind in kinds.split(",")]
     return torch.cat(pooled, -1)
 

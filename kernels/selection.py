@@ -36,7 +36,7 @@ def select(
         forced = diagonal(band, grid, has_upper=has_upper, rows=rows) & visible
         forced = forced | _first(visible if readable is None else visible & readable[:, None])
         slab = scores[:, :, rows].double()
-        forced = forced.reshape(-1, 1, *forced.shape[-2:])
+        forced = forced[:, None] if readable is not None else forced[None, None]
         keep = _keep(slab, budget.double(), selector, visible, forced)
         counts[:, :, rows] = keep.sum(-1, dtype=torch.int32)
         indices[:, :, rows] = torch.argsort(~keep, dim=-1, stable=True).to(torch.int32)
