@@ -4,13 +4,16 @@
     report = seer_compile.calibrate(model, data)
     seer_compile.set_budget(model, density=0.1)
 
-Names are loaded on first use: importing the package imports neither triton nor transformers.
+Importing the package registers its operators, so that saved programs can be loaded; names are
+loaded on first use. Neither triton nor transformers is imported.
 """
 
 from __future__ import annotations
 
 import importlib
 from typing import TYPE_CHECKING, Any
+
+import seer_compile.kernels.ops  # noqa: F401  (registers the operators)
 
 if TYPE_CHECKING:
     from seer_compile.api import (

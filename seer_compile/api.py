@@ -148,7 +148,7 @@ def calibrate(
         args, kwargs = record.split_batch(batch, device=device)
         run_with_handler(base, args, kwargs, handler)
 
-    with session.gates_may_change(), evaluation_mode(base):
+    with session.gates_may_change(), session.uncounted(), evaluation_mode(base):
         session.store.requires_grad_(True)
         report = train.fit(
             run,
@@ -248,7 +248,7 @@ def _create_gates(model: nn.Module, example: Any, *, strict: bool) -> None:
         gate = record.gate_of(session.store, inputs)
         return record.dense_answer(gate, inputs)
 
-    with session.gates_may_change(), evaluation_mode(model):
+    with session.gates_may_change(), session.uncounted(), evaluation_mode(model):
         run_with_handler(model, args, kwargs, answer)
     if strict and not session.store.names():
         raise NothingOptimizedError(

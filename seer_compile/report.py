@@ -6,7 +6,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-from seer_compile.kernels import counters
 from seer_compile.session import Session
 from seer_compile.table import render_table
 from seer_compile.types import SiteSummary
@@ -31,8 +30,8 @@ class SeerReport:
     """Graphs captured, recompiles included."""
     rows: tuple[SiteRow, ...]
     calls: dict[str, dict[str, int]]
-    """Per site: how many calls took which path, ``sparse`` or ``dense:<why>``. Models with equal
-    site names in one process share these counts."""
+    """Per site: how many calls since :func:`optimize` took which path, ``sparse`` or
+    ``dense:<why>``. Models with equal site names that run at the same time share these counts."""
     errors: tuple[str, ...]
     """Why graphs were compiled as they came."""
     pass_seconds: dict[str, float]
@@ -80,7 +79,7 @@ def build_report(session: Session) -> SeerReport:
         is_calibrated=session.store.is_calibrated,
         graphs=len(session.log.records),
         rows=tuple(SiteRow(site=site, graphs=number) for site, number in rows.items()),
-        calls={name: dict(paths) for name, paths in counters.snapshot().items() if name in names},
+        calls={name: session.calls(name) for name in sorted(names)},
         errors=tuple(record.error for record in session.log.records if record.error),
         pass_seconds=seconds,
     )

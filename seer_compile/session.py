@@ -22,6 +22,7 @@ from seer_compile.errors import ModelStateError
 from seer_compile.gate_store import GateStore
 from seer_compile.generation import attach_masks, detach_masks, entry_modules
 from seer_compile.graph_log import GraphLog
+from seer_compile.kernels import counters
 from seer_compile.site_runner import SiteRunner, WeakBackend, compiled_entry
 from seer_compile.types import SiteHandler
 
@@ -55,6 +56,8 @@ class Session:
         self._entries = [weakref.ref(entry) for entry in entries]
         self.log = GraphLog()
         self._runner: SiteRunner | None = None
+        self.calls_before: dict[str, dict[str, int]] = counters.snapshot()
+        """Counts of calls that are not this model's, or were made to train it."""
         self.renew()
 
     @property
@@ -95,6 +98,26 @@ class Session:
         if self._runner is None:
             self._runner = SiteRunner(self.model, "handler")
         return self._runner
+
+    @contextlib.contextmanager
+    def uncounted(self) -> Iterator[None]:
+        """Leave the calls made in the block out of the report."""
+        before = counters.snapshot()
+        try:
+            yield
+        finally:
+            for site, paths in counters.snapshot().items():
+                for path, number in paths.items():
+                    new = number - before.get(site, {}).get(path, 0)
+                    known = self.calls_before.setdefault(site, {})
+                    known[path] = known.get(path, 0) + new
+
+    def calls(self, site: str) -> dict[str, int]:
+        """Return how many calls of a site took which path since it was optimized."""
+        before = self.calls_before.get(site, {})
+        now = counters.snapshot().get(site, {})
+        counts = {path: number - before.get(path, 0) for path, number in now.items()}
+        return {path: number for path, number in counts.items() if number > 0}
 
     @contextlib.contextmanager
     def gates_may_change(self) -> Iterator[None]:
