@@ -34,6 +34,7 @@ class GateTrainer:
     def add(self, name: str, gate: AttnGate) -> None:
         """Start to train a gate, from its untrained values."""
         gate.reset()
+        gate.requires_grad_(True)
         self.optimizers[name] = torch.optim.AdamW(
             gate.parameters(), lr=0.0, weight_decay=self.config.weight_decay
         )
