@@ -56,6 +56,8 @@ def pytest_configure(config):
     del config
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(min(2, os.cpu_count() or 1))
+    # Inductor raises the limit to this when it first compiles, and leaves it there.
+    sys.setrecursionlimit(max(sys.getrecursionlimit(), 2000))
     # For the whole session: Dynamo keys its table of known functions by identity, once.
     for owner, name in _ALLOCATORS:
         setattr(owner, name, _poisoning(getattr(owner, name)))
