@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from seer_compile.errors import ShapeError
 from seer_compile.passes.fx_utils import fake_value
@@ -21,6 +21,7 @@ from seer_compile.passes.node_builder import NodeBuilder
 from seer_compile.passes.splice import splice
 from seer_compile.types import (
     VISIBILITY_ARGUMENTS,
+    Operand,
     PassResult,
     RewritePlan,
     SiteHandler,
@@ -79,10 +80,18 @@ def handle_sites(
     Returns:
         The names of the sites that the handler answers.
     """
+    rewritten = []
+    # The output of one site may be the query of the next.
+    moved: dict[Node, Node] = {}
     for number, decision in enumerate(plan.sparse):
         site = decision.site
+        if not site.output.users:
+            continue
         builder = NodeBuilder(graph_module, site.output, site.name)
-        operands = [builder.replay(item) for item in (site.query, site.key, site.value)]
+        operands = [
+            builder.replay(Operand(node=moved.get(item.node, item.node), steps=item.steps))
+            for item in (site.query, site.key, site.value)
+        ]
         visibility = materialise(decision.proof, site, graph_module.graph)
         path = builder.add_submodule(
             f"seer_sites.site_{number}", SiteCall(site.name, site.scale, handler)
@@ -96,8 +105,6 @@ def handle_sites(
             role="attention",
             value=query.new_empty((b, q, h, value.shape[3])).transpose(1, 2),
         )
-        splice(builder, site, result)
-    return PassResult(
-        graph_module=graph_module,
-        rewritten=tuple(decision.site.name for decision in plan.sparse),
-    )
+        moved[site.output] = splice(builder, site, result)
+        rewritten.append(site.name)
+    return PassResult(graph_module=graph_module, rewritten=tuple(rewritten))

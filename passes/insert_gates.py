@@ -22,7 +22,7 @@ from seer_compile.gate import AttnGate
 from seer_compile.passes.fx_utils import fake_value
 from seer_compile.passes.gate_source import GateSource
 from seer_compile.passes.materialise import materialise
-from seer_compile.passes.node_builder import NodeBuilder
+from seer_compile.passes.node_builder import NodeBuilder, marked
 from seer_compile.types import PassResult, RewritePlan, SiteDecision, Visibility
 
 OPERANDS = "seer_operands"
@@ -41,12 +41,13 @@ def insert_gates(graph_module: GraphModule, plan: RewritePlan, gates: GateSource
     Returns:
         The names of the sites that received a gate.
     """
+    gated = {mark.key for _, mark in marked(graph_module, "select")}
+    rewritten = []
     for decision in plan.sparse:
-        _insert_gate(graph_module, decision, gates)
-    return PassResult(
-        graph_module=graph_module,
-        rewritten=tuple(decision.site.name for decision in plan.sparse),
-    )
+        if decision.site.output.name not in gated:
+            _insert_gate(graph_module, decision, gates)
+            rewritten.append(decision.site.name)
+    return PassResult(graph_module=graph_module, rewritten=tuple(rewritten))
 
 
 def _insert_gate(graph_module: GraphModule, decision: SiteDecision, gates: GateSource) -> None:

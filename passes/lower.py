@@ -20,9 +20,6 @@ from seer_compile.gate import AttnGate
 from seer_compile.passes.node_builder import NodeBuilder, SiteMark, marked
 from seer_compile.types import PassResult
 
-SPARSE_ARGUMENTS = 8
-"""Arguments of ``block_sparse_attention`` before the visibility."""
-
 
 def lower(graph_module: GraphModule) -> PassResult:
     """Replace the block-sparse attention of every site by one ``gated_attention`` call.

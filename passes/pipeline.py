@@ -93,6 +93,8 @@ class PipelineResult:
 
     graph_module: GraphModule
     """The rewritten graph, or the one handed in when no site was rewritten."""
+    planned: GraphModule
+    """The graph whose nodes the plan names: normalised, and rewritten if the mode rewrites."""
     plan: RewritePlan
     summaries: tuple[SiteSummary, ...]
     rewritten: tuple[str, ...]
@@ -203,6 +205,7 @@ def run(
         _finish(current, decided, rewritten, before, mode)
     return PipelineResult(
         graph_module=current.graph_module if rewritten else graph_module,
+        planned=current.graph_module,
         plan=decided,
         summaries=summaries,
         rewritten=rewritten,

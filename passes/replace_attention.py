@@ -13,15 +13,12 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch.fx import GraphModule
+from torch.fx import GraphModule, Node
 
 from seer_compile.passes.insert_gates import OPERANDS
 from seer_compile.passes.node_builder import NodeBuilder, marked
 from seer_compile.passes.splice import splice
 from seer_compile.types import PassResult, RewritePlan
-
-NUM_LENGTHS = 2
-"""Arguments of ``select_blocks`` between the block sizes and the visibility."""
 
 
 def replace_attention(graph_module: GraphModule, plan: RewritePlan) -> PassResult:
@@ -36,6 +33,8 @@ def replace_attention(graph_module: GraphModule, plan: RewritePlan) -> PassResul
     """
     selections = {mark.key: (node, mark) for node, mark in marked(graph_module, "select")}
     rewritten = []
+    # The output of one site may be the query of the next.
+    moved: dict[Node, Node] = {}
     for decision in plan.sparse:
         site = decision.site
         if site.output.name not in selections or not site.output.users:
@@ -49,13 +48,13 @@ def replace_attention(graph_module: GraphModule, plan: RewritePlan) -> PassResul
         _, _, _, query_block, key_block, _, _, *visibility = selection.args
         attention = builder.call(
             torch.ops.seer_compile.block_sparse_attention.v1,
-            *selection.meta[OPERANDS],
+            *(moved.get(operand, operand) for operand in selection.meta[OPERANDS]),
             *(indices, counts, site.scale, query_block, key_block),
             *visibility,
             role="attention",
             gate=mark.gate,
         )
         output = builder.call(operator.getitem, attention, 0, role="output", gate=mark.gate)
-        splice(builder, site, output)
+        moved[site.output] = splice(builder, site, output)
         rewritten.append(site.name)
     return PassResult(graph_module=graph_module, rewritten=tuple(rewritten))

@@ -36,7 +36,7 @@ def splice(builder: NodeBuilder, site: AttentionSite, result: Node) -> Node:
         isinstance(new, Tensor)
         and new.dtype is old.dtype
         and new.ndim == old.ndim
-        and all(_agree(ours, theirs) for ours, theirs in zip(new.shape, old.shape, strict=True))
+        and all(is_known(ours == theirs) for ours, theirs in zip(new.shape, old.shape, strict=True))
     )
     if not is_same:
         raise PassError(
@@ -70,12 +70,6 @@ def _measure(stride: Any) -> int:
         return stride
     expression = stride.node.expr
     return int(expression.xreplace(dict.fromkeys(expression.free_symbols, _TYPICAL_SIZE)))
-
-
-def _agree(ours: Any, theirs: Any) -> bool:
-    if isinstance(ours, int) and isinstance(theirs, int):
-        return ours == theirs
-    return is_known(ours == theirs)
 
 
 def _describe(value: Any) -> str:

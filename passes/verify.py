@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 
 from seer_compile.errors import PassError
 from seer_compile.gate import AttnGate
-from seer_compile.passes.fx_utils import fake_value
+from seer_compile.passes.fx_utils import fake_value, is_known
 from seer_compile.passes.node_builder import MARK, marked
 from seer_compile.types import RewritePlan
 
@@ -32,7 +32,16 @@ class CallingConvention(NamedTuple):
     """How a graph is called, as far as its callers can tell."""
 
     placeholders: tuple[str, ...]
-    outputs: tuple[str, ...]
+    outputs: tuple[Any, ...]
+    """Dtype and sizes of each tensor, the type of anything else."""
+
+    def agrees_with(self, other: CallingConvention) -> bool:
+        """Whether callers cannot tell the two apart; sizes may be symbols known to be equal."""
+        return (
+            self.placeholders == other.placeholders
+            and len(self.outputs) == len(other.outputs)
+            and all(map(_agree, self.outputs, other.outputs))
+        )
 
 
 def calling_convention(graph_module: GraphModule) -> CallingConvention:
@@ -77,7 +86,7 @@ def _problems(
     is_lowered: bool,
 ) -> Iterator[str]:
     after = calling_convention(graph_module)
-    if after != before:
+    if not after.agrees_with(before):
         yield f"the calling convention changed from {before} to {after}"
     answers = Counter(mark.site for role in ANSWER_ROLES for _, mark in marked(graph_module, role))
     if answers != Counter(rewritten):
@@ -118,7 +127,17 @@ def _gate_problems(graph_module: GraphModule) -> Iterator[str]:
             yield f"gate {path} has no reader"
 
 
-def _describe(value: Any) -> str:
+def _describe(value: Any) -> Any:
     if isinstance(value, Tensor):
-        return f"{value.dtype} {[str(size) for size in value.shape]}"
+        return (value.dtype, *value.shape)
     return type(value).__name__
+
+
+def _agree(ours: Any, theirs: Any) -> bool:
+    if isinstance(ours, str) or isinstance(theirs, str):
+        return ours == theirs
+    return (
+        ours[0] is theirs[0]
+        and len(ours) == len(theirs)
+        and all(is_known(a == b) for a, b in zip(ours[1:], theirs[1:], strict=True))
+    )

@@ -76,7 +76,7 @@ def explain(
     if draw is not None:
         from seer_compile.passes.site_graph import draw_sites
 
-        draw_sites([(result.graph_module, result.plan) for result in runner.results], draw)
+        draw_sites([(result.planned, result.plan) for result in runner.results], draw)
     return Explanation(
         model=type(model).__name__,
         graphs=len(runner.records),
