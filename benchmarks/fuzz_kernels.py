@@ -30,6 +30,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[1] / name) for name in ("."
 import torch  # noqa: E402
 from kernels_cases import (  # noqa: E402
     BF16,
+    FP32,
     PROFILES,
     Draw,
     attention_inputs,
@@ -148,7 +149,8 @@ def recomputed_gradients(inputs: dict[str, Any]) -> tuple[dict[str, Tensor], dic
     grad_shares = grad_out.float() @ wide_value.mT
     grad_logits = (shares * (grad_shares - delta)).to(dtype).float()
     gradients = _products(grad_logits * scale, rounded, query.float(), wide_key, grad_out.float())
-    terms = shares * (grad_shares.abs() + delta.abs()) * abs(scale)
+    delta_size = ((rounded @ wide_value.abs()) * grad_out.float().abs()).sum(-1, keepdim=True)
+    terms = shares * (grad_out.float().abs() @ wide_value.abs().mT + delta_size) * abs(scale)
     sizes = _products(
         terms, shares, *(tensor.float().abs() for tensor in (query, wide_key, grad_out))
     )
@@ -280,8 +282,13 @@ def check_pool(inputs: dict[str, Any]) -> None:
     (actual,) = run_pool(inputs)
     rest = (inputs["profile"]["size"], inputs["profile"]["kinds"], inputs["padding"])
     exact = reference.pool_blocks(inputs["tokens"].double(), *rest)
-    eager = reference.pool_blocks(inputs["tokens"], *rest)
-    assert_no_worse_than_eager(actual, eager, exact, name="pooled")
+    # A mean is rounded once to the dtype; before that, float32 rounds each of its sums.
+    size = reference.pool_blocks(inputs["tokens"].double().abs(), *rest)
+    bound = torch.finfo(actual.dtype).eps * exact.abs()
+    bound += torch.finfo(torch.float32).eps * inputs["profile"]["size"] * size
+    assert actual.shape == exact.shape
+    assert actual.dtype is inputs["tokens"].dtype
+    assert bool(((actual - exact).abs() <= bound).all()), "pooled: off by more than its rounding"
     if inputs["padding"] is not None:
         inputs["tokens"].masked_fill_(~inputs["padding"][:, None, :, None], float("nan"))
     _check_bits((actual,), run_pool(inputs), ("pooled",), "poison")
@@ -404,13 +411,15 @@ def main() -> None:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--ops", nargs="*", choices=sorted(OPS), default=list(OPS))
     parser.add_argument("--compile", action="store_true", help="compile only, with no GPU")
+    parser.add_argument("--compiled", action="store_true", help="the cache is warm already")
     parser.add_argument("--cases", type=int, default=500, help="cases per operator")
     parser.add_argument("--case", type=int, help="run this one only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="at most, per operator")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     arguments = parser.parse_args()
-    if arguments.compile or (arguments.device == "cuda" and arguments.case is None):
+    is_long = arguments.device == "cuda" and arguments.case is None
+    if arguments.compile or (is_long and not arguments.compiled):
         compile_all(arguments.ops)
     if arguments.compile:
         return

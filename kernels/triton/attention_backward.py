@@ -454,7 +454,7 @@ def _key_value_gradient(
             grad_value = tl.dot(
                 probability.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION
             )
-            reads_spoilt = tl.max(tl.where(visible & (is_spoilt != 0)[None, :], 1, 0), 1)
+            reads_spoilt = tl.max(tl.where(visible & is_spoilt[None, :], 1, 0), 1)
             grad_value = tl.where((reads_spoilt != 0)[:, None], float("nan"), grad_value)
             grad_key = tl.dot(gradient.to(query.dtype), query, grad_key, input_precision=PRECISION)
 

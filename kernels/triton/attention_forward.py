@@ -277,7 +277,7 @@ def _attention_forward(
         accumulator, running_max, running_sum = _attend(
             query, key, value, accumulator, running_max, running_sum, visible, qk_scale, PRECISION
         )
-        reads_spoilt = tl.max(tl.where(visible & (is_spoilt != 0)[None, :], 1, 0), 1)
+        reads_spoilt = tl.max(tl.where(visible & is_spoilt[None, :], 1, 0), 1)
         accumulator = tl.where((reads_spoilt != 0)[:, None], float("nan"), accumulator)
 
     # A row that read nothing has sum 0: its output is 0 and its log-sum-exp is -inf.

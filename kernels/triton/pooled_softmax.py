@@ -15,8 +15,8 @@ Layout: tiles of rows against tiles of columns. The columns of a tile are taken 
 tensor-core result, so that the reduction over them needs no exchange between threads.
 
 Numerics: products accumulate in float32, softmax and reductions in float32. Maximum and sum stay
-apart, and the maximum is subtracted before scaling, so that a weight near 1 is as exact as in an
-ordinary softmax; a merged log-sum-exp would cost its own rounding, ten times more.
+apart: a merged log-sum-exp would cost its own rounding. For float32 inputs the maximum is also
+subtracted before scaling, so that a weight near 1 is as exact as in an ordinary softmax.
 """
 
 from __future__ import annotations
@@ -100,14 +100,22 @@ def _tile_ranges(
 
 
 @triton.jit
-def _add_tile(logits, visible, running_max, running_sum, qk_scale):
+def _weights(logits, maximum, qk_scale, PRECISION: tl.constexpr):
+    """Return ``2 ** ((logits - maximum) * qk_scale)``; one fused operation where that suffices."""
+    if PRECISION == "ieee":
+        return tl.math.exp2((logits - maximum[:, None]) * qk_scale)
+    return tl.math.exp2(logits * qk_scale - (maximum * qk_scale)[:, None])
+
+
+@triton.jit
+def _add_tile(logits, visible, running_max, running_sum, qk_scale, PRECISION: tl.constexpr):
     """Add a tile of products to the running maximum (unscaled) and sum of the rows."""
     if visible is not None:
         logits = tl.where(visible, logits, float("-inf"))
     new_max = tl.maximum(running_max, tl.max(logits, 1))
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
     running_sum = running_sum * tl.math.exp2((running_max - base) * qk_scale)
-    running_sum += tl.sum(tl.math.exp2((logits - base[:, None]) * qk_scale), 1)
+    running_sum += tl.sum(_weights(logits, base, qk_scale, PRECISION), 1)
     return new_max, running_sum
 
 
@@ -199,7 +207,9 @@ def row_statistics(
         start = tl.cast(step * TILE_C, tl.int64)
         column = load_whole_tile(column_tile + start * column_strides[2], dims, DIM, PADDED_DIM)
         logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
-        running_max, running_sum = _add_tile(logits, None, running_max, running_sum, qk_scale)
+        running_max, running_sum = _add_tile(
+            logits, None, running_max, running_sum, qk_scale, PRECISION
+        )
     num_before = inner_begin - begin
     for step in range(0, num_before + end - inner_end):
         edge = tl.where(step < num_before, begin + step, inner_end + step - num_before)
@@ -225,7 +235,9 @@ def row_statistics(
             EXTENT,
         )
         logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
-        running_max, running_sum = _add_tile(logits, visible, running_max, running_sum, qk_scale)
+        running_max, running_sum = _add_tile(
+            logits, visible, running_max, running_sum, qk_scale, PRECISION
+        )
     target = (batch * heads + head) * num_rows + rows
     tl.store(maximum_ptr + target, running_max, mask=is_row)
     tl.store(sum_ptr + target, running_sum, mask=is_row)
@@ -424,7 +436,7 @@ def pooled_map(
                 PADDED_DIM,
             )
             logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
-            weight = tl.math.exp2((logits - maximum[:, None]) * qk_scale)
+            weight = _weights(logits, maximum, qk_scale, PRECISION)
             if is_edge:
                 visible = _visible_pairs(
                     rows, columns, is_column, q_len, k_len, upper, lower, usable_ptr,

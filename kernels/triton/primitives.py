@@ -173,16 +173,23 @@ def store_tile(pointers, values, row_mask, columns, DIM: tl.constexpr, PADDED_DI
 
 @triton.jit
 def finite_or_zero(tile):
-    """Return the tile with 0 for what is not finite, and per row whether anything was.
+    """Return the tile without the rows that hold anything not finite, and which these are.
 
-    A masked probability of 0 times NaN is NaN: a value that only some rows of a tile may read
-    must be finite before the product, and must spoil the rows that do read it after.
+    A masked probability of 0 times NaN is NaN: a row that only some of the other side may read
+    must be 0 in the product, and must spoil those who do read it after. The exponent is all ones
+    exactly in what is not finite.
     """
-    wide = tile.to(tl.float32)
-    is_finite = (wide == wide) & (tl.abs(wide) != float("inf"))
-    # A typed zero: a plain 0.0 would widen float16 tiles.
-    clean = tl.where(is_finite, tile, tl.zeros_like(tile))
-    return clean, tl.max(tl.where(is_finite, 0, 1), 1)
+    if tile.dtype == tl.float32:
+        largest = tl.max(tile.to(tl.int32, bitcast=True) & 0x7FFFFFFF, 1)
+        is_spoilt = largest >= 0x7F800000
+    elif tile.dtype == tl.bfloat16:
+        largest = tl.max(tile.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 1)
+        is_spoilt = largest >= 0x7F80
+    else:
+        largest = tl.max(tile.to(tl.int16, bitcast=True).to(tl.int32) & 0x7FFF, 1)
+        is_spoilt = largest >= 0x7C00
+    # A typed zero: a plain 0.0 would widen 16-bit tiles.
+    return tl.where(is_spoilt[:, None], tl.zeros_like(tile), tile), is_spoilt
 
 
 @triton.jit
@@ -244,12 +251,15 @@ def token_visibility(
     The second result drops padding and positions beyond the end, and is what loads are masked by.
     """
     is_key = keys < k_len
+    is_query = queries < q_len
+    # Two comparisons per pair: a row beyond the end has an empty range.
+    first = tl.where(is_query, queries + lower, k_len)
+    last = tl.minimum(queries + upper, k_len - 1)
+    visible = (keys[None, :] >= first[:, None]) & (keys[None, :] <= last[:, None])
     if padding_ptr is not None:
         flags = tl.load(padding_ptr + batch * k_len + keys, mask=is_key, other=0)
         is_key = is_key & (flags != 0)
-    is_query = queries < q_len
-    distance = keys[None, :] - queries[:, None]
-    visible = (distance <= upper) & (distance >= lower) & is_key[None, :] & is_query[:, None]
+        visible = visible & is_key[None, :]
     if key_documents_ptr is not None:
         query_documents = tl.load(
             query_documents_ptr + batch * q_len + queries, mask=is_query, other=0

@@ -1,8 +1,9 @@
 """Turn block scores into the ascending list of kept key blocks of each query block.
 
 Layout: one program per row, the whole row in registers. The cut is found by bisection on the bits
-of the scores (for floats of one sign their integer order is their order), at most 32 rounds of one
-reduction each; no sort. Kept blocks are then numbered by a prefix sum and written in order.
+of the scores (for floats of one sign their integer order is their order), 32 rounds of one
+comparison, selection and sum each; no sort. Kept blocks are then numbered by a prefix sum and
+written in order.
 
 Numerics: sums in float32, in a fixed order, so a selection is reproducible.
 """
@@ -26,12 +27,17 @@ _PER_WARP = 1024
 """Blocks of a row per warp: 32 scores in each thread."""
 
 
+LOWEST = tl.constexpr(-0x7FFFFFFF)
+HIGHEST = tl.constexpr(0x7FFFFFFF)
+"""Below and above the order of every score."""
+
+
 @triton.jit
 def _ordered_bits(score):
     """Map floats to int32 numbers of the same order; NaN above all, minus zero equal to zero."""
     bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
-    return tl.where(score == score, order, 0x7FFFFFFE)
+    return tl.where(score == score, order, HIGHEST - 1)
 
 
 @triton.jit
@@ -48,7 +54,7 @@ def _forced_blocks(
     DIAGONAL: tl.constexpr,
 ):
     """Return which visible blocks are always kept: diagonal, sink, best."""
-    highest = tl.max(tl.where(visible, order, -0x7FFFFFFF), 0)
+    highest = tl.max(tl.where(visible, order, LOWEST), 0)
     best = tl.min(tl.where(visible & (order == highest), blocks, 1 << 30), 0)
     sink = tl.min(tl.where(visible & is_usable, blocks, 1 << 30), 0)
     forced = (blocks == best) | (blocks == sink)
@@ -62,34 +68,30 @@ def _forced_blocks(
 
 
 @triton.jit
-def _cut(order, score, visible, forced, needed, BY_MASS: tl.constexpr):
-    """Return the largest cut at which what is kept (forced, or at the cut or above) suffices.
+def _cut(order, weight, low, high, needed):
+    """Return the largest cut in ``[low, high]`` at which the weights at or above it suffice.
 
-    ``needed`` is a score sum, or a number of blocks besides the forced ones.
+    ``low`` is taken to suffice. Everything that decides what counts is folded into ``order``
+    beforehand: one comparison, selection and addition per block and round.
     """
-    low = tl.min(tl.where(visible, order, 0x7FFFFFFF), 0)
-    high = tl.max(tl.where(visible, order, -0x7FFFFFFF), 0) + 1
+    # A fixed number of rounds: a condition that every thread works out for itself would make
+    # the compiler guard each later exchange between threads against divergence.
     for _ in range(32):
         middle = (low | high) - ((low ^ high) >> 1)
-        if BY_MASS:
-            kept = visible & (forced | (order >= middle))
-            suffices = tl.sum(tl.where(kept, score, 0.0), 0) >= needed
-        else:
-            kept = visible & (order >= middle) & (forced == 0)
-            suffices = tl.sum(kept.to(tl.int32), 0) >= needed
+        suffices = tl.sum(tl.where(order >= middle, weight, tl.zeros_like(weight)), 0) >= needed
         low = tl.where(suffices, middle, low)
-        high = tl.where(suffices, high, middle - 1)
-        # Equal bounds stay: their middle suffices, or low did.
-        high = tl.maximum(high, low)
+        # Bounds that have met stay: low suffices, so middle does.
+        high = tl.maximum(tl.where(suffices, high, middle - 1), low)
     return low
 
 
 @triton.jit
-def _kept_by_count(order, visible, forced, wanted):
+def _kept_by_count(order, visible, forced, low, high, wanted):
     """Return forced blocks and the best others until ``wanted`` are kept, ties by lower index."""
-    needed = wanted - tl.sum(forced.to(tl.int32), 0)
-    cut = _cut(order, order, visible, forced, needed, False)
     others = visible & (forced == 0)
+    needed = wanted - tl.sum(forced.to(tl.int32), 0)
+    ranked = tl.where(others, order, LOWEST)
+    cut = _cut(ranked, tl.full(order.shape, 1, tl.int32), low, high, needed)
     above = others & (order > cut)
     ties = others & (order == cut)
     rank = tl.cumsum(ties.to(tl.int32), 0)
@@ -155,15 +157,18 @@ def _select_blocks(
         KEY_BLOCK,
         DIAGONAL,
     )
+    low = tl.min(tl.where(visible, order, HIGHEST), 0)
+    high = tl.max(tl.where(visible, order, LOWEST), 0) + 1
     num_visible = tl.sum(visible.to(tl.int32), 0).to(tl.float32)
     BY_SUM: tl.constexpr = (SELECTOR == "top_p") | (SELECTOR == "threshold")
     if BY_SUM:
         total = tl.sum(tl.where(visible, score, 0.0), 0)
         # A score that is NaN cannot be judged: the row then answers as dense attention would.
         if SELECTOR == "top_p":
-            cut = _cut(order, score, visible, forced, budget * total, True)
-            cut = tl.where(budget >= 1.0, -0x7FFFFFFF, cut)
-            kept = order >= tl.where(total == total, cut, -0x7FFFFFFF)
+            ranked = tl.where(visible, tl.where(forced, HIGHEST, order), LOWEST)
+            cut = _cut(ranked, score, low, high, budget * total)
+            cut = tl.where(budget >= 1.0, low, cut)
+            kept = order >= tl.where(total == total, cut, low)
         else:
             limit = tl.where(total > 0.0, budget * total, float("inf"))
             limit = tl.where(total == total, limit, float("-inf"))
@@ -172,7 +177,7 @@ def _select_blocks(
     else:
         wanted = budget * num_visible if SELECTOR == "fraction" else budget
         wanted = tl.math.ceil(wanted - BLOCK_SLACK).to(tl.int32)
-        kept = _kept_by_count(order, visible, forced, wanted)
+        kept = _kept_by_count(order, visible, forced, low, high, wanted)
     places = tl.cumsum(kept.to(tl.int32), 0) - 1
     target = program.to(tl.int64)
     tl.store(indices_ptr + target * num_blocks + places, blocks, mask=kept)
