@@ -16,6 +16,7 @@ from torch.library import custom_op
 from seer_compile.errors import RangeError, ShapeError
 from seer_compile.kernels import blockwise, gated_attention
 from seer_compile.kernels.checks import (
+    BUDGET_DTYPES,
     SELECTOR_NAMES,
     check_attention,
     check_blocks,
@@ -324,13 +325,14 @@ def _check_gated(
         raise RangeError(
             argument="budget_lengths", got=list(gate.budget_lengths), expected="ascending lengths"
         )
-    check_tensor("budget", gate.budget, rank=2, dtypes=(torch.float32,), device=query.device)
+    check_tensor("budget", gate.budget, rank=2, dtypes=BUDGET_DTYPES, device=query.device)
     selections = (key if gate.share_group else query).shape[1]
     if tuple(gate.budget.shape) != (selections, len(gate.budget_lengths)):
         raise ShapeError(
             argument="budget.shape",
             got=tuple(gate.budget.shape),
-            expected=f"({selections}, {len(gate.budget_lengths)}): selection heads, lengths",
+            expected=f"({selections}, {len(gate.budget_lengths)}): selection heads (with "
+            f"share_group={gate.share_group}), lengths",
         )
     lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
     check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)

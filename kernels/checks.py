@@ -26,6 +26,8 @@ from seer_compile.errors import (
 from seer_compile.types import POOL_KINDS, VISIBILITY_ARGUMENTS, BlockSelection, Visibility
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+BUDGET_DTYPES = (torch.float32, torch.float64)
+"""A share of mass next to 1 needs float64: float32 ends at 1 - 6e-8."""
 MAX_HEAD_DIM = 256
 SELECTOR_NAMES = tuple(selector.name for selector in SELECTORS)
 _INTEGER_DTYPES = (torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8)

@@ -16,6 +16,7 @@ from torch.library import custom_op
 from seer_compile.errors import HeadConfigError, ShapeError
 from seer_compile.kernels import scoring, selection
 from seer_compile.kernels.checks import (
+    BUDGET_DTYPES,
     SELECTOR_NAMES,
     blocks_of,
     check_attention,
@@ -237,7 +238,7 @@ def _check_select(
 ) -> None:
     check_tensor("scores", scores, rank=4, dtypes=(torch.float32,))
     device = scores.device
-    check_tensor("budget", budget, rank=1, dtypes=(torch.float32,), device=device)
+    check_tensor("budget", budget, rank=1, dtypes=BUDGET_DTYPES, device=device)
     check_choice("selector", selector, SELECTOR_NAMES)
     check_blocks(grid.query_unit, grid.key_unit)
     check_integer("q_len", grid.q_len, minimum=0)

@@ -16,6 +16,8 @@ from seer_compile.types import Visibility
 
 _MASK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Largest mask that is written out at once; more query rows are answered in turns."""
+_FOLDED_QUERIES = 16
+"""Up to so many queries the heads of a group become rows of one head: nothing is expanded."""
 
 
 def dense_reason(
@@ -99,9 +101,9 @@ def dense_attention(
 
     Cost:
         No mask is written out for a full band, a causal one, or (on CUDA) one that is causal
-        behind a cache. Else ``Bool[b 1 q k]``, in turns over the queries where it is large; then,
-        and for float32 on CUDA, keys and values are also expanded to the query heads, because
-        SDPA's fused kernels take grouped heads in 16 bits and without a mask only.
+        behind a cache. Else ``Bool[b 1 q k]``, in turns over the queries where it is large; then
+        (but for a handful of queries), and for float32 on CUDA, keys and values are expanded to
+        the query heads: SDPA's fused kernels take groups in 16 bits and without a mask only.
 
     Numerics:
         Those of SDPA; like there, NaN in a key that is masked out may reach the output.
@@ -160,33 +162,36 @@ def _masked_attention(
     query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility
 ) -> Tensor:
     """Attend under a written-out mask, in turns over query rows where it would be large."""
-    batch, heads, q_len, _ = query.shape
-    key, value = _expanded(key, heads), _expanded(value, heads)
+    (batch, heads, q_len, _), k_len = query.shape, key.shape[2]
     limit = _MASK_ELEMENTS.get(query.device.type, _MASK_ELEMENTS["cuda"])
-    step = max(1, limit // (key.shape[2] * (1 if visibility.key_padding is None else batch)))
+    step = max(1, limit // (k_len * (1 if visibility.key_padding is None else batch)))
+    groups = heads // key.shape[1]
+    if q_len > _FOLDED_QUERIES:
+        key, value, groups = _expanded(key, heads), _expanded(value, heads), 1
     parts = []
     for start in range(0, q_len, step):
-        stop = min(start + step, q_len)
-        begin, end = _reachable(visibility, start, stop, key.shape[2])
-        mask = _mask(visibility, slice(start, stop), slice(begin, end), query.device)
+        rows = slice(start, min(start + step, q_len))
+        columns = _reachable(visibility, rows, k_len)
+        mask = _mask(visibility, rows, columns, query.device)
+        # The heads of a group are rows of one head: the mask repeats, keys are not expanded.
+        queries = query[:, :, rows].unflatten(1, (-1, groups)).flatten(2, 3)
+        mask = mask if groups == 1 else mask.repeat(1, 1, groups, 1)
         part = F.scaled_dot_product_attention(
-            query[:, :, start:stop],
-            key[:, :, begin:end],
-            value[:, :, begin:end],
-            attn_mask=mask,
-            scale=scale,
+            queries, key[:, :, columns], value[:, :, columns], attn_mask=mask, scale=scale
         )
-        parts.append(part.masked_fill(~mask.any(-1, keepdim=True), 0.0))
+        part = part.masked_fill(~mask.any(-1, keepdim=True), 0.0)
+        parts.append(part.unflatten(2, (groups, -1)).flatten(1, 2))
     return parts[0] if len(parts) == 1 else torch.cat(parts, 2)
 
 
-def _reachable(visibility: Visibility, start: int, stop: int, k_len: int) -> tuple[int, int]:
-    """Return begin and end, at least one key apart, of the keys that some queries may reach."""
-    if visibility.offset is not None:
-        return 0, k_len
-    begin = 0 if visibility.lower is None else min(max(start + visibility.lower, 0), k_len - 1)
-    end = k_len if visibility.upper is None else min(stop + visibility.upper, k_len)
-    return begin, max(end, begin + 1)
+def _reachable(visibility: Visibility, rows: slice, k_len: int) -> slice:
+    """Return the keys, at least one, that some queries may reach."""
+    begin, end = 0, k_len
+    if visibility.offset is None and visibility.lower is not None:
+        begin = min(max(rows.start + visibility.lower, 0), k_len - 1)
+    if visibility.offset is None and visibility.upper is not None:
+        end = min(rows.stop + visibility.upper, k_len)
+    return slice(begin, max(end, begin + 1))
 
 
 def _mask(visibility: Visibility, rows: slice, columns: slice, device: torch.device) -> Tensor:

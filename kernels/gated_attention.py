@@ -156,10 +156,10 @@ def path_of(query: Tensor, key: Tensor, value: Tensor, gate: GateArguments) -> s
 
 
 def budget_at(budget: Tensor, lengths: list[int], k_len: int) -> Tensor:
-    """Return ``Float32[s]``: the budget at a key length.
+    """Return ``Float[s]``: the budget at a key length.
 
     Args:
-        budget: ``Float32[s L]``.
+        budget: ``Float[s L]``, float32 or float64.
         lengths: Key lengths of the columns, ascending, in tokens.
         k_len: Key tokens; outside the lengths the nearest column counts.
     """

@@ -25,6 +25,7 @@ from seer_compile.kernels.arguments import (
     readable_arguments,
     require_attention,
     require_optional_tensor,
+    require_selection,
     require_tensor,
     scale_or_default,
 )
@@ -35,7 +36,6 @@ from seer_compile.kernels.checks import (
     check_flag,
     check_integer,
     check_scale,
-    check_selection_values,
     check_visibility,
 )
 from seer_compile.kernels.dense import dense_attention as _dense_attention
@@ -78,7 +78,7 @@ def pool_blocks(
         One read of the tokens. No gradient.
     """
     require_tensor("tokens", tokens)
-    require_optional_tensor("padding", padding)
+    require_optional_tensor("padding", padding, like=tokens)
     check_integer("size", size, minimum=1)
     joined = joined_pools("kinds", kinds)
     return torch.ops.seer_compile.pool_blocks.v1(tokens, size, joined, padding)
@@ -122,7 +122,7 @@ def block_scores(
         2 h r c e multiply-adds; the r x c logits are never held. No gradient.
     """
     require_tensor("query_features", query_features)
-    require_tensor("key_features", key_features)
+    require_tensor("key_features", key_features, like=query_features)
     check_scale(scale)
     for name, number in {"sub_block": sub_block, "groups": groups}.items():
         check_integer(name, number, minimum=1)
@@ -137,7 +137,7 @@ def block_scores(
         q_len,
         k_len,
         groups,
-        *readable_arguments(visibility),
+        *readable_arguments(visibility, query_features),
     )
 
 
@@ -165,7 +165,7 @@ def select_blocks(
 
     Args:
         scores: ``Float32[b s m n]``. A row with NaN keeps what cannot be judged.
-        budget: ``Float32[s]``, on the device of the scores.
+        budget: ``Float[s]``, float32 or float64, on the device of the scores.
         selector: One of the four names.
         block_size: Tokens per block.
         q_len: Query tokens.
@@ -180,14 +180,14 @@ def select_blocks(
         SeerInputError: A malformed argument.
     """
     require_tensor("scores", scores)
-    require_tensor("budget", budget)
+    require_tensor("budget", budget, like=scores)
     check_choice("selector", selector, contracts.SELECTOR_NAMES)
     for name, number in {"q_len": q_len, "k_len": k_len}.items():
         check_integer(name, number, minimum=0)
     sizes = (*block_tokens(block_size), q_len, k_len)
     return BlockSelection(
         *torch.ops.seer_compile.select_blocks.v1(
-            scores, budget, selector, *sizes, *readable_arguments(visibility)
+            scores, budget, selector, *sizes, *readable_arguments(visibility, scores)
         )
     )
 
@@ -236,17 +236,10 @@ def block_sparse_attention(
         True
     """
     require_attention(query, key, value)
-    if not isinstance(selection, tuple) or len(selection) != 2:
-        raise DtypeError(
-            argument="selection", got=type(selection).__name__, expected="a BlockSelection"
-        )
-    for name, tensor in zip(("indices", "counts"), selection, strict=True):
-        require_tensor(name, tensor)
     blocks = block_tokens(block_size)
+    selection = require_selection(selection, query, key, value, blocks)
     factor = scale_or_default(scale, query)
-    readable = readable_arguments(visibility)
-    if not torch.compiler.is_compiling() and selection[0].device.type == "cpu":
-        check_selection_values(BlockSelection(*selection), -(-key.shape[2] // blocks[1]))
+    readable = readable_arguments(visibility, query)
     return torch.ops.seer_compile.block_sparse_attention.v1(
         query, key, value, *selection, factor, *blocks, *readable
     )
@@ -285,14 +278,14 @@ def attention_mass(
         The products of dense attention's first half; memory for the result only. No gradient.
     """
     require_tensor("query", query)
-    require_tensor("key", key)
+    require_tensor("key", key, like=query)
     for name, number in {"query_unit": query_unit, "key_unit": key_unit}.items():
         check_integer(name, number, minimum=1)
     check_choice("query_reduce", query_reduce, ("mean", "max"))
     check_choice("key_reduce", key_reduce, ("sum", "max"))
     units = (query_unit, key_unit, query_reduce, key_reduce)
     return torch.ops.seer_compile.attention_mass.v1(
-        query, key, scale_or_default(scale, query), *units, *readable_arguments(visibility)
+        query, key, scale_or_default(scale, query), *units, *readable_arguments(visibility, query)
     )
 
 
@@ -327,8 +320,8 @@ def gated_attention(
         value: ``Float[b g k v]``.
         query_weight: ``Float32[h Pq*d e]``, Pq the number of query pools.
         key_weight: ``Float32[h Pk*d e]``.
-        budget: ``Float32[s L]``, the selector's budget at each of ``budget_lengths``; between
-            them linear in log2 of the key length, outside them constant.
+        budget: ``Float[s L]``, float32 or float64: the selector's budget at each of
+            ``budget_lengths``; between them linear in log2 of the key length, outside constant.
         mode: ``Int8[]`` on the CPU: 0 dense; 1 sparse where that pays (see
             :func:`~seer_compile.kernels.dense.dense_reason`); 2 sparse whatever the size.
         query_pools: Kinds of pooling of queries.
@@ -354,8 +347,9 @@ def gated_attention(
     """
     require_attention(query, key, value)
     tensors = (query_weight, key_weight, budget, mode)
-    for name, tensor in zip(("query_weight", "key_weight", "budget", "mode"), tensors, strict=True):
-        require_tensor(name, tensor)
+    for name, tensor in zip(("query_weight", "key_weight", "budget"), tensors, strict=False):
+        require_tensor(name, tensor, like=query)
+    require_tensor("mode", mode)
     check_integer("sub_block", sub_block, minimum=1)
     check_flag("share_group", share_group)
     check_choice("selector", selector, contracts.SELECTOR_NAMES)
@@ -377,7 +371,7 @@ def gated_attention(
         selector,
         list(budget_lengths),
         site,
-        *readable_arguments(visibility),
+        *readable_arguments(visibility, query),
     )
 
 

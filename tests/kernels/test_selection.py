@@ -120,6 +120,21 @@ def test_fraction_rounds_up_and_does_not_stumble_over_binary_tenths():
     assert int(kept.counts) == 5
 
 
+def test_shares_next_to_one_are_told_apart_in_float64():
+    # Ten blocks hold a billionth each beside one that holds the rest.
+    scores = torch.full((1, 1, 1, 12), 1e-9)
+    scores[..., 6] = 1.0
+    kept = []
+    for missing in (0.0, 2.5e-9, 6.5e-9, 1e-6):
+        budget = torch.tensor([1.0 - missing], dtype=torch.float64)
+        distinct = scores + torch.arange(12) * 1e-11
+        _, counts = torch.ops.seer_compile.select_blocks.v1(
+            distinct, budget, "top_p", 16, 16, 16, 192
+        )
+        kept.append(int(counts))
+    assert kept == [12, 10, 6, 2]
+
+
 def test_budgets_apply_per_head():
     scores = random_scores(5, 1, 2, 1, 50, kind="flat")
     indices, counts = torch.ops.seer_compile.select_blocks.v1(
