@@ -82,6 +82,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
         metavar="TOKENS",
         help="tokens of a training sequence; several take turns (%(default)s)",
     )
+    parser.add_argument("--learning-rate", type=float, help="peak; the default when left out")
     parser.add_argument("--gate-config", default="default", choices=("default", "paper"))
     parser.add_argument("--seed", type=int, default=0)
 
@@ -101,6 +102,14 @@ def _add_calibrate(parser: argparse.ArgumentParser) -> None:
     target = parser.add_mutually_exclusive_group()
     target.add_argument("--density", type=float, help="kept blocks / visible blocks, in (0, 1]")
     target.add_argument("--mass", type=float, help="attention mass to capture, in (0, 1]")
+    parser.add_argument(
+        "--curve-lengths",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="TOKENS",
+        help="measure budgets on sequences of these lengths too, without training on them",
+    )
     parser.add_argument("--checkpoint-dir", type=Path, help="save and resume here")
     _add_training(parser)
     _add_common(parser)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from argparse import Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +75,7 @@ def run_calibrate(args: Namespace) -> None:
         config=config,
         density=args.density,
         mass=args.mass,
+        curve_data=_longer(data, args.curve_lengths),
         checkpoint_dir=args.checkpoint_dir,
     )
     save_gates(model, args.out)
@@ -253,6 +254,13 @@ def _calibration_data(args: Namespace, path: Path, model: nn.Module) -> Calibrat
     )
 
 
+def _longer(data: CalibrationWindows, lengths: Sequence[int]) -> Iterable[dict[str, Any]]:
+    """Return a few windows of other lengths from the same text."""
+    if not lengths:
+        return ()
+    return dataclasses.replace(data, lengths=tuple(lengths), count=_CURVE_WINDOWS)
+
+
 def _curve_batches(args: Namespace, data: CalibrationWindows) -> list[dict[str, Any]]:
     """Return calibration text in the form it is measured in: these lengths, keys planted."""
     tokenizer = load_tokenizer(args.model) if args.retrieval else None
@@ -294,8 +302,10 @@ def _gate_config(kind: str) -> GateConfig:
 
 
 def _training_config(args: Namespace, kind: str, *, holdout_batches: int = 4) -> CalibrationConfig:
+    default = CalibrationConfig()
     return CalibrationConfig(
         steps=args.steps,
+        learning_rate=args.learning_rate or default.learning_rate,
         seed=args.seed,
         # The published gate learns the max-pooled map.
         target="max" if kind == "paper" else "mass",
