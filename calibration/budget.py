@@ -29,9 +29,14 @@ from seer_compile.types import BlockSelection, SiteInputs, Visibility
 MASS_GRID: tuple[float, ...] = (
     *(0.02, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5, 0.55, 0.6, 0.65, 0.7, 0.75),
     *(0.8, 0.85, 0.9, 0.925, 0.95, 0.965, 0.98, 0.99, 0.995, 0.998, 0.999, 0.9995, 0.9998),
-    *(0.9999, 0.99995, 0.99998, 0.99999, 1.0),
+    *(1 - 1e-4, 1 - 3e-5, 1 - 1e-5, 1 - 3e-6, 1 - 1e-6, 1 - 1e-7, 1 - 1e-8, 1 - 1e-9, 1 - 1e-10),
+    *(1 - 1e-11, 1 - 1e-12, 1.0),
 )
-"""Budgets at which top-p is measured; density rises fastest near 1."""
+"""Budgets at which top-p is measured; density rises fastest near 1.
+
+A trained gate is sure of itself: at some sites of a 27M-parameter model all but 1e-5 of the score
+sits in 5 % of the blocks. What tells the other blocks apart are shares far closer to 1.
+"""
 FRACTION_GRID: tuple[float, ...] = (
     *(0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8),
     *(0.9, 1.0),
@@ -162,7 +167,9 @@ class CurveRecorder:
         sums.add_rows(k_len, captured_by, visible)
         scores = gate.block_scores(inputs)
         for place, value in enumerate(self.grid):
-            budget = torch.full((gate.selection_heads,), value, device=scores.device)
+            budget = torch.full(
+                (gate.selection_heads,), value, dtype=torch.float64, device=scores.device
+            )
             selection = gate.select_from(scores, inputs, budget)
             sums.add("gate", place, selection, captured_by)
             if self.measure_errors:

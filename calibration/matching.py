@@ -6,6 +6,7 @@ one budget per site, over all its rows and heads, is solved on the input at hand
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -15,8 +16,9 @@ import seer_compile.kernels.ops  # noqa: F401  (registers the operators called b
 from seer_compile.budget_curve import check_fraction
 from seer_compile.types import BlockSelection, BlockSize, SiteInputs
 
-# 2**-30 of the budget's range is below float32's resolution near 1.
-_HALVINGS = 30
+_HALVINGS = 40
+# Top-p is solved on -log(1 - mass), where density is nearly straight; float64 ends near 32.
+_LARGEST_LOG_REST = 32.0
 
 
 class MatchedSelection(NamedTuple):
@@ -35,7 +37,7 @@ def select(
     scores: Tensor, inputs: SiteInputs, block_size: BlockSize, selector: str, budget: float
 ) -> BlockSelection:
     """Select by one budget for all heads; ``scores`` is ``Float32[b s m n]``."""
-    budgets = torch.full((scores.shape[1],), budget, dtype=torch.float32, device=scores.device)
+    budgets = torch.full((scores.shape[1],), budget, dtype=torch.float64, device=scores.device)
     return BlockSelection(
         *torch.ops.seer_compile.select_blocks.v1(
             scores,
@@ -69,22 +71,23 @@ def match_density(
             scores that are equal, can make it unreachable; then the nearest density stands.
 
     Cost:
-        About 30 selections, each of which is counted on the host.
+        About 40 selections, each of which is counted on the host.
     """
     check_fraction("density", density)
     visible = count_visible(scores, inputs, block_size)
     wanted = density * visible
-    low, high = 0.0, 1.0
+    low, high = 0.0, _LARGEST_LOG_REST if selector == "top_p" else 1.0
     best: MatchedSelection | None = None
     for _ in range(_HALVINGS):
-        budget = (low + high) / 2
+        middle = (low + high) / 2
+        budget = -math.expm1(-middle) if selector == "top_p" else middle
         selection = select(scores, inputs, block_size, selector, budget)
         kept = int(selection.counts.sum())
         if best is None or abs(kept - wanted) < abs(best.kept - wanted):
             best = MatchedSelection(selection, budget, kept, visible)
         if abs(kept - wanted) < 1 or high - low < 1e-9:
             break
-        low, high = (budget, high) if kept < wanted else (low, budget)
+        low, high = (middle, high) if kept < wanted else (low, middle)
     if best is None or wanted >= visible:
         full = select(scores, inputs, block_size, selector, 1.0)
         return MatchedSelection(full, 1.0, int(full.counts.sum()), visible)

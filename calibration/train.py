@@ -95,6 +95,7 @@ def fit(
         NonFiniteLossError: A loss or gradient is NaN or infinite; before that step's update.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written.
+        NotConvergedError: No budget keeps the error of some site within ``max_error``.
     """
     config = config or CalibrationConfig()
     targets = _checked_targets(density, mass, max_error)

@@ -14,15 +14,15 @@ from typing import Any, Literal
 
 import numpy as np
 
-from seer_compile.errors import RangeError, SeerInputError
+from seer_compile.errors import NotConvergedError, RangeError, SeerInputError
 
 Allocation = Literal["uniform", "equal_marginal", "equal_budget"]
 ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "equal_marginal", "equal_budget")
 
 # A mass of exactly 1 has no finite log odds; this is where it is drawn.
-_LEAST_REST = 1e-6
+_LEAST_REST = 1e-14
 _LEAST_DENSITY = 1e-6
-_LEAST_RESOLVED_REST = 2e-5
+_LEAST_RESOLVED_REST = 2e-12
 # Between neighbouring budgets, in mass or relative error.
 _JUMP = 0.05
 _Row = tuple[float, ...]
@@ -98,6 +98,14 @@ class BudgetCurve:
                 hint="Calibrate with max_error=... to measure them.",
             )
         return self._reach(self.row("errors", length), error)
+
+    def budget_at(self, length: float, target: str, value: float) -> float:
+        """Return the budget for ``density``, ``mass`` or ``max_error`` at a length."""
+        if target == "density":
+            return self.budget_for(length, density=value)
+        if target == "mass":
+            return self.budget_for_mass(length, mass=value)
+        return self.budget_for_error(length, error=value)
 
     def _reach(self, lost: np.ndarray, allowed: float) -> float:
         """Return the first budget that loses no more than is allowed, between measured ones."""
@@ -261,6 +269,24 @@ def _concave_hull(curve: BudgetCurve, length: float) -> list[tuple[float, float]
 
 def _slope(left: Sequence[float], right: Sequence[float]) -> float:
     return (right[1] - left[1]) / (right[0] - left[0])
+
+
+def check_reachable(curves: Mapping[str, BudgetCurve], max_error: float) -> None:
+    """Raise unless some measured budget keeps every site's output error within a limit.
+
+    At the full budget the error is rounding, about 1e-3 in bfloat16: no budget goes below it.
+
+    Raises:
+        NotConvergedError: Naming the site whose least error is largest.
+    """
+    least = {name: max(map(min, curve.errors)) for name, curve in curves.items() if curve.errors}
+    worst = max(least, key=lambda name: least[name], default=None)
+    if worst is not None and least[worst] > max_error:
+        raise NotConvergedError(
+            f"no budget keeps the output error of {worst!r} within {max_error:g}; "
+            f"the least measured is {least[worst]:.3g}",
+            hint="Allow a larger max_error, or leave that site dense.",
+        )
 
 
 def check_fraction(argument: str, value: float) -> None:

@@ -56,7 +56,11 @@ class AttnGate(nn.Module):
     key_weight: nn.Parameter
     """``Float32[h Pk*d e]``."""
     budget: Tensor
-    """``Float32[s L]``: the selector's budget at each of ``budget_lengths``."""
+    """``Float64[s L]``: the selector's budget at each of ``budget_lengths``.
+
+    A trained gate puts nearly all mass into few blocks; top-p moves through the rest at shares such
+    as ``1 - 1e-9``, which float32 cannot hold.
+    """
     mode: Tensor
     """``Int8[]`` on the CPU: 0 answers densely, 1 sparsely where that is not slower."""
 
@@ -91,7 +95,7 @@ class AttnGate(nn.Module):
         table = torch.full(
             (self.selection_heads, len(BUDGET_LENGTHS)),
             config.selector.budget,
-            dtype=torch.float32,
+            dtype=torch.float64,
             device=device or "cpu",
         )
         self.register_buffer("budget", table)
@@ -227,7 +231,7 @@ class AttnGate(nn.Module):
 
         Args:
             inputs: Operands of the site.
-            budget: ``Float32[s]``; the gate's own table at this key length when None.
+            budget: ``Float[s]``; the gate's own table at this key length when None.
         """
         if budget is None:
             budget = self.budget_at(inputs.key.shape[-2])
@@ -275,7 +279,7 @@ class AttnGate(nn.Module):
         }
 
     def budget_at(self, k_len: int) -> Tensor:
-        """Return ``Float32[s]``: the table at a key length, linear in log2(length), clamped."""
+        """Return ``Float64[s]``: the table at a key length, linear in log2(length), clamped."""
         place = math.log2(max(k_len, 1)) - math.log2(BUDGET_LENGTHS[0])
         place = min(max(place, 0.0), len(BUDGET_LENGTHS) - 1.0)
         left = min(int(place), len(BUDGET_LENGTHS) - 2)

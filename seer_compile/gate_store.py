@@ -14,7 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import _disable_current_modes
 
-from seer_compile.budget_curve import Allocation, BudgetCurve, allocate, check_fraction
+from seer_compile.budget_curve import (
+    Allocation,
+    BudgetCurve,
+    allocate,
+    check_fraction,
+    check_reachable,
+)
 from seer_compile.config import GateConfig
 from seer_compile.config_json import config_from_json, config_to_json
 from seer_compile.errors import (
@@ -172,6 +178,7 @@ class GateStore(nn.Module):
         Raises:
             SeerInputError: Not exactly one target is given, or it is out of range.
             ModelStateError: No gate has a curve that translates the target.
+            NotConvergedError: No budget keeps the error within ``max_error``.
         """
         targets = {"density": density, "mass": mass, "max_error": max_error}
         given = {name: value for name, value in targets.items() if value is not None}
@@ -186,7 +193,7 @@ class GateStore(nn.Module):
             with torch.no_grad():
                 for name, table in tables.items():
                     gate = self._gate(self._names[name])
-                    gate.budget.copy_(torch.tensor(table, dtype=torch.float32, device="cpu"))
+                    gate.budget.copy_(torch.tensor(table, dtype=torch.float64, device="cpu"))
             self.write_metadata()
 
     def _budget_tables(
@@ -198,8 +205,10 @@ class GateStore(nn.Module):
                 name: [_translate(target, value, self.config, name)] * len(BUDGET_LENGTHS)
                 for name in self._names
             }
-        # Beside measured gates, one without a curve was never trained and answers densely.
+        # A gate without a curve beside others was never trained and answers densely.
         tables: dict[str, list[float]] = {name: [] for name in curves}
+        if target == "max_error":
+            check_reachable(curves, value)
         for length in BUDGET_LENGTHS:
             shares = (
                 allocate(curves, value, length=length, allocation=allocation)
@@ -207,7 +216,7 @@ class GateStore(nn.Module):
                 else {}
             )
             for name, curve in curves.items():
-                tables[name].append(_point(curve, length, target, shares.get(name, value)))
+                tables[name].append(curve.budget_at(length, target, shares.get(name, value)))
         return tables
 
     def write_metadata(self) -> None:
@@ -375,14 +384,6 @@ def _key(name: str) -> str:
     key = re.sub(r"\W", "__", name)
     is_plain = key.replace("__", ".") == name and not hasattr(nn.ModuleDict, key) and key
     return key if is_plain else f"{key}_{zlib.crc32(name.encode()):08x}"
-
-
-def _point(curve: BudgetCurve, length: int, target: str, value: float) -> float:
-    if target == "density":
-        return curve.budget_for(length, density=value)
-    if target == "mass":
-        return curve.budget_for_mass(length, mass=value)
-    return curve.budget_for_error(length, error=value)
 
 
 def _translate(target: str, value: float, config: GateConfig, name: str) -> float:

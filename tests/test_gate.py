@@ -18,6 +18,7 @@ from seer_compile.errors import (
     GateMismatchError,
     HeadConfigError,
     ModelStateError,
+    NotConvergedError,
     RangeError,
     SeerInputError,
     ShapeError,
@@ -275,7 +276,7 @@ class TestPlacement:
         cast(model)
         assert model.linear.weight.dtype != torch.float32
         assert torch.equal(gate.query_weight, before)
-        assert gate.budget.dtype == torch.float32
+        assert gate.budget.dtype == torch.float64
         assert gate.mode.dtype == torch.int8
 
     def test_mode_stays_on_the_cpu(self):
@@ -406,11 +407,11 @@ class TestStore:
         gate.curve, gate.is_trained = curve(), True
         address = gate.budget.data_ptr()
         store.set_budget(density=0.4)
-        torch.testing.assert_close(gate.budget_at(1024), torch.full((2,), 0.9))
+        torch.testing.assert_close(gate.budget_at(1024), torch.full((2,), 0.9).double())
         store.set_budget(density=0.2)
-        torch.testing.assert_close(gate.budget_at(4096), torch.full((2,), 0.9))
+        torch.testing.assert_close(gate.budget_at(4096), torch.full((2,), 0.9).double())
         store.set_budget(mass=0.6)
-        torch.testing.assert_close(gate.budget_at(1024), torch.full((2,), 0.5))
+        torch.testing.assert_close(gate.budget_at(1024), torch.full((2,), 0.5).double())
         store.set_budget(mass=1.0)
         assert torch.equal(gate.budget, torch.ones_like(gate.budget))
         assert gate.budget.data_ptr() == address
@@ -435,6 +436,15 @@ class TestStore:
         with pytest.raises(error):
             store.set_budget(**targets)
         assert torch.equal(gate.budget, before)
+
+    def test_error_below_rounding_is_out_of_reach_and_says_where(self):
+        store = GateStore(SMALL)
+        for name, least in (("a", 1e-4), ("b", 4e-3)):
+            gate = store.get_or_create(name, heads=1, kv_heads=1, head_dim=8)
+            gate.curve = curve(errors=((0.5, 0.1, least), (0.6, 0.2, least / 2)))
+        with pytest.raises(NotConvergedError, match=r"'b' within 0\.001; the least"):
+            store.set_budget(max_error=0.001)
+        store.set_budget(max_error=0.005)
 
     def test_gates_without_a_curve_take_the_selectors_own_unit_only(self):
         store = GateStore(SMALL)
@@ -561,19 +571,19 @@ def test_features_do_not_reach_back_into_the_model():
 
 
 class TestUnresolvedMass:
-    """Sites whose mass sits in few blocks: budgets beyond what float32 sums resolve."""
+    """Sites whose mass sits in few blocks: budgets beyond what sums resolve."""
 
     CURVE = BudgetCurve(
         selector="top_p",
         lengths=(1024,),
-        budgets=(0.5, 0.99, 0.99999, 1.0),
+        budgets=(0.5, 0.99, 1 - 1e-12, 1.0),
         densities=((0.01, 0.03, 0.05, 1.0),),
         captured_mass=((0.6, 0.99, 0.99999, 1.0),),
     )
 
     @pytest.mark.parametrize("density", [0.05, 0.2, 0.9])
     def test_density_in_the_unresolved_part_stays_at_the_last_resolved_budget(self, density):
-        assert self.CURVE.budget_for(1024, density=density) == 0.99999
+        assert self.CURVE.budget_for(1024, density=density) == 1 - 1e-12
 
     def test_everything_is_given_when_everything_is_asked_for(self):
         assert self.CURVE.budget_for(1024, density=1.0) == 1.0
