@@ -172,7 +172,9 @@ class Evaluator:
         def forward(tokens: Tensor) -> Tensor:
             return self._handled_forward(tokens, handler)
 
-        measured = [self._measure(window, forward, clock) for window in self.windows[length]]
+        windows = self._with_warm_up("matched", length, forward)
+        handler.forget()
+        measured = [self._measure(window, forward, clock) for window in windows]
         if handler.visible == 0:
             raise ModelStateError("the forward reached no site that can be sparse")
         return self._row(

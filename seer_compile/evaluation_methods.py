@@ -133,6 +133,11 @@ class MatchedHandler:
         with self.clock.region():
             return attend(inputs, matched.selection, self.block_size)
 
+    def forget(self) -> None:
+        """Start counting and timing again."""
+        self.kept = self.visible = 0
+        self.clock.milliseconds()
+
     @property
     def measured_density(self) -> float:
         """Kept / visible blocks over every site answered."""
