@@ -21,11 +21,12 @@ from seer_compile.passes.node_builder import NodeBuilder, SiteMark, marked
 from seer_compile.types import PassResult
 
 
-def lower(graph_module: GraphModule) -> PassResult:
+def lower(graph_module: GraphModule, suffix: str = "") -> PassResult:
     """Replace the block-sparse attention of every site by one ``gated_attention`` call.
 
     Args:
         graph_module: Changed in place.
+        suffix: Appended to the site name under which calls are counted.
 
     Returns:
         The names of the sites lowered; a graph without block-sparse attention is unchanged.
@@ -34,7 +35,7 @@ def lower(graph_module: GraphModule) -> PassResult:
     for attention, mark in list(marked(graph_module, "attention")):
         if attention.target is not torch.ops.seer_compile.block_sparse_attention.v1:
             continue
-        lowered = _gated_attention(graph_module, attention, mark)
+        lowered = _gated_attention(graph_module, attention, mark, suffix)
         attention.replace_all_uses_with(lowered)
         for user in lowered.users:
             if user.target is operator.getitem:
@@ -43,7 +44,9 @@ def lower(graph_module: GraphModule) -> PassResult:
     return PassResult(graph_module=graph_module, rewritten=tuple(rewritten))
 
 
-def _gated_attention(graph_module: GraphModule, attention: Node, mark: SiteMark) -> Node:
+def _gated_attention(
+    graph_module: GraphModule, attention: Node, mark: SiteMark, suffix: str
+) -> Node:
     gate = graph_module.get_submodule(mark.gate)
     if not isinstance(gate, AttnGate):
         raise TypeError(f"{mark.gate!r} is a {type(gate).__name__}, not a gate")
@@ -60,7 +63,7 @@ def _gated_attention(graph_module: GraphModule, attention: Node, mark: SiteMark)
         *tensors,
         scale,
         *constants.values(),
-        mark.site,
+        mark.site + suffix,
         *visibility,
         role="attention",
         gate=mark.gate,

@@ -74,6 +74,8 @@ class PipelineOptions:
     the gate's nodes; without ``insert_gates`` or ``replace_attention`` every site stays dense."""
     exclude: tuple[str, ...] = ()
     """Shell patterns of site names that stay dense."""
+    suffix: str = ""
+    """Appended to the site names under which calls are counted, to tell models apart."""
     dump: tuple[str, ...] = ()
     """Names of passes around which the graph is written, as Python text, before and after."""
     dump_directory: str | None = None
@@ -235,7 +237,7 @@ def _rewrite(
     replaced = current.rewrite(
         "replace_attention", lambda: replace_attention(graph_module, decided)
     )
-    current.rewrite("lower", lambda: lower(graph_module))
+    current.rewrite("lower", lambda: lower(graph_module, current.options.suffix))
     return replaced
 
 

@@ -94,6 +94,10 @@ def _problems(
     unplanned = set(rewritten) - {decision.site.name for decision in plan.sparse}
     if unplanned:
         yield f"sites rewritten against the plan: {sorted(unplanned)}"
+    left = set(graph_module.graph.nodes)
+    for decision in plan.sparse:
+        if decision.site.name in rewritten and decision.site.output in left:
+            yield f"{decision.site.output.name} of {decision.site.name} is still computed"
     yield from _value_problems(graph_module)
     yield from _gate_problems(graph_module)
     if is_lowered:

@@ -69,6 +69,7 @@ class SeerBackend:
         options: How to rewrite and compile.
         log: Receives one record per graph.
         settings: Inductor settings for the graphs of this backend.
+        suffix: Appended to the site names under which calls are counted.
     """
 
     def __init__(
@@ -79,8 +80,10 @@ class SeerBackend:
         options: BackendOptions | None = None,
         log: GraphLog | None = None,
         settings: Mapping[str, Any] | None = None,
+        suffix: str = "",
     ) -> None:
         self.store = store
+        self.suffix = suffix
         self.options = options or BackendOptions()
         check_inner(self.options.inner)
         self.log = log or GraphLog()
@@ -139,6 +142,7 @@ class SeerBackend:
                 options=pipeline.PipelineOptions(
                     disabled=self.options.disabled_passes,
                     exclude=self.options.exclude,
+                    suffix=self.suffix,
                     dump=self.options.dump_passes,
                     dump_directory=self.options.dump_directory,
                 ),

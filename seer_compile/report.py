@@ -30,8 +30,8 @@ class SeerReport:
     """Graphs captured, recompiles included."""
     rows: tuple[SiteRow, ...]
     calls: dict[str, dict[str, int]]
-    """Per site: how many calls since :func:`optimize` took which path, ``sparse`` or
-    ``dense:<why>``. Models with equal site names that run at the same time share these counts."""
+    """Per site: how many calls since :func:`optimize` took which path: ``sparse``, or
+    ``dense:`` and why."""
     errors: tuple[str, ...]
     """Why graphs were compiled as they came."""
     pass_seconds: dict[str, float]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -56,6 +57,8 @@ class Session:
         self._entries = [weakref.ref(entry) for entry in entries]
         self.log = GraphLog()
         self._runner: SiteRunner | None = None
+        self.number = next(n for n in itertools.count(1) if n not in _LIVE)
+        _LIVE[self.number] = self
         self.calls_before: dict[str, dict[str, int]] = counters.snapshot()
         """Counts of calls that are not this model's, or were made to train it."""
         self.renew()
@@ -75,7 +78,13 @@ class Session:
 
     def renew(self) -> None:
         """Compile the model's call anew: the next call captures graphs afresh."""
-        self.backend = SeerBackend(self.store, root=self.model, options=self.options, log=self.log)
+        self.backend = SeerBackend(
+            self.store,
+            root=self.model,
+            options=self.options,
+            log=self.log,
+            suffix=self.suffix,
+        )
         backend = WeakBackend(self.backend, "compile")
         for entry in self.entries:
             call = compiled_entry(entry, backend, is_inner=entry is not self.model)
@@ -84,6 +93,11 @@ class Session:
         # call; a call implementation of the instance's own makes it go through the call.
         model = self.model
         model.__dict__[_CALL] = functools.partial(type(model)._call_impl, model)
+
+    @property
+    def suffix(self) -> str:
+        """What tells this model's calls from those of others that are optimized now."""
+        return "" if self.number == 1 else f"@{self.number}"
 
     def unplug(self) -> None:
         """Give every entry the call back that it had."""
@@ -114,6 +128,7 @@ class Session:
 
     def calls(self, site: str) -> dict[str, int]:
         """Return how many calls of a site took which path since it was optimized."""
+        site += self.suffix
         before = self.calls_before.get(site, {})
         now = counters.snapshot().get(site, {})
         counts = {path: number - before.get(path, 0) for path, number in now.items()}
@@ -147,6 +162,9 @@ class Session:
         self.calibration = dict(state["calibration"])
         self.previous_calls = [None] * len(state["entries"])
         self._bind(state["entries"])
+
+
+_LIVE: weakref.WeakValueDictionary[int, Session] = weakref.WeakValueDictionary()
 
 
 class ReportCall:
