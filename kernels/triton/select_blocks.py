@@ -5,7 +5,8 @@ of the scores (for floats of one sign their integer order is their order), 32 ro
 comparison, selection and sum each; no sort. Kept blocks are then numbered by a prefix sum and
 written in order.
 
-Numerics: sums in float32, in a fixed order, so a selection is reproducible.
+Numerics: sums in float32, in a fixed order, so a selection is reproducible. Top-p compares the
+rest that it drops, so that shares of mass very close to 1 differ.
 """
 
 from __future__ import annotations
@@ -86,6 +87,21 @@ def _cut(order, weight, low, high, needed):
 
 
 @triton.jit
+def _cut_by_rest(order, weight, low, high, allowed):
+    """Return the largest cut in ``[low, high]`` below which the weights sum to at most ``allowed``.
+
+    The rest is summed, not what is kept: beside a sum near 1, float32 loses the 1e-9 that a budget
+    of ``1 - 1e-9`` is about.
+    """
+    for _ in range(32):
+        middle = (low | high) - ((low ^ high) >> 1)
+        fits = tl.sum(tl.where(order < middle, weight, tl.zeros_like(weight)), 0) <= allowed
+        low = tl.where(fits, middle, low)
+        high = tl.maximum(tl.where(fits, high, middle - 1), low)
+    return low
+
+
+@triton.jit
 def _kept_by_count(order, visible, forced, low, high, wanted):
     """Return forced blocks and the best others until ``wanted`` are kept, ties by lower index."""
     others = visible & (forced == 0)
@@ -143,7 +159,8 @@ def _select_blocks(
     if usable_ptr is not None:
         flags = usable_ptr + batch * num_blocks + blocks
         is_usable = tl.load(flags, mask=visible, other=0) != 0
-    budget = tl.load(budget_ptr + selection)
+    given = tl.load(budget_ptr + selection)
+    budget = given.to(tl.float32)
     order = _ordered_bits(score)
     forced = _forced_blocks(
         blocks,
@@ -166,8 +183,8 @@ def _select_blocks(
         # A score that is NaN cannot be judged: the row then answers as dense attention would.
         if SELECTOR == "top_p":
             ranked = tl.where(visible, tl.where(forced, HIGHEST, order), LOWEST)
-            cut = _cut(ranked, score, low, high, budget * total)
-            cut = tl.where(budget >= 1.0, low, cut)
+            cut = _cut_by_rest(ranked, score, low, high, (1.0 - given).to(tl.float32) * total)
+            cut = tl.where(given >= 1.0, low, cut)
             kept = order >= tl.where(total == total, cut, low)
         else:
             limit = tl.where(total > 0.0, budget * total, float("inf"))
@@ -203,7 +220,8 @@ def launch(
 
     Args:
         scores: ``Float32[b s m n]``, any strides.
-        budget: ``Float32[s]``: mass, share of visible blocks, number of blocks, or ratio.
+        budget: ``Float[s]``, float32 or float64: mass, share of visible blocks, number of blocks,
+            or ratio.
         selector: ``top_p``, ``fraction``, ``top_k`` or ``threshold``.
         query_block: Tokens per query block.
         key_block: Tokens per key block.

@@ -107,3 +107,12 @@ def test_transposed_lists_hold_the_same_pairs_in_order():
 def test_unknown_selectors_are_refused_by_name():
     with pytest.raises(RangeError, match="selector='best'"):
         kept([0.5, 0.5], 0.5, "best")
+
+
+@pytest.mark.parametrize("decades", [3, 6, 9, 12])
+def test_top_p_tells_shares_next_to_one_apart(decades):
+    # Each block carries a tenth of the one before: one block more for every decade of the rest.
+    scores = torch.logspace(0, -15, 16).reshape(1, 1, 1, 16)
+    budget = torch.tensor([1 - 2 * 10.0**-decades], dtype=torch.float64)
+    _, counts = select_blocks.launch(scores, budget, "top_p", 16, 16, 16, 256)
+    assert counts.item() == decades
