@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch._guards import detect_fake_mode
 from torch._ops import OpOverload, OpOverloadPacket
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
@@ -65,7 +66,10 @@ def insert_call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: 
     """
     node = graph.call_function(target, args, kwargs)
     fake_args, fake_kwargs = map_arg((args, kwargs), fake_value)
-    mode = detect_fake_mode(pytree.tree_leaves((fake_args, fake_kwargs)))
+    leaves = pytree.tree_leaves((fake_args, fake_kwargs))
+    # Inside a backend the tracing context may hold another mode than the graph's own values.
+    own = (leaf.fake_mode for leaf in leaves if isinstance(leaf, FakeTensor))
+    mode = next(own, None) or detect_fake_mode(leaves)
     if mode is None:
         node.meta["val"] = target(*fake_args, **fake_kwargs)
     else:

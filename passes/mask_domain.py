@@ -148,7 +148,17 @@ def choose(condition: Formula, then: Formula, other: Formula) -> Formula:
         return negate(condition) if then == FALSE and other == TRUE else rest
     if other in (TRUE, FALSE):
         return either(negate(condition), then) if other == TRUE else both(condition, then)
+    if _implies(condition, other) and _implies(negate(condition), then):
+        return both(then, other)
     return either(both(condition, then), both(negate(condition), other))
+
+
+def _implies(condition: Formula, consequence: Formula) -> bool:
+    """Whether one bound follows from another; it is how ``|x| <= c`` becomes two bounds."""
+    if not isinstance(condition, AtMost) or not isinstance(consequence, AtMost):
+        return False
+    slack = sympy.expand(consequence.expression - condition.expression)
+    return bool(slack.is_number) and slack <= 0
 
 
 def choice(condition: Formula, then: Value, other: Value) -> Value:

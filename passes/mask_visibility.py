@@ -19,6 +19,7 @@ from seer_compile.passes.interpret_masks import MaskInterpreter
 from seer_compile.passes.mask_domain import (
     FALSE,
     AllOf,
+    AnyOf,
     AtMost,
     Flag,
     Formula,
@@ -72,7 +73,9 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
         elif isinstance(atom, AtMost):
             bounds.append(atom.expression)
         else:
-            raise NotProvedError("a key is visible under one of several conditions")
+            unclear = _unclear_within(atom)
+            why = "a key is visible under one of several conditions"
+            raise NotProvedError(unclear.why, unclear.code) if unclear else NotProvedError(why)
     if len(documents) > 1:
         raise NotProvedError("two different document numberings")
     for document in documents:
@@ -88,6 +91,14 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
         query_documents=documents[0].left if documents else None,
         key_documents=documents[0].right if documents else None,
     )
+
+
+def _unclear_within(formula: Formula) -> Unclear | None:
+    """Return a part that was not understood, the cause of what its whole looks like."""
+    if isinstance(formula, Unclear):
+        return formula
+    parts = sorted(formula.parts, key=str) if isinstance(formula, (AllOf, AnyOf)) else ()
+    return next(filter(None, map(_unclear_within, parts)), None)
 
 
 def _require_key_padding(flag: Flag, interpreter: MaskInterpreter) -> None:

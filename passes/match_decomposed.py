@@ -116,15 +116,19 @@ def _check_chain(match: Match, chain: LogitChain, mutations: Mutations) -> None:
     """Refuse logits that others read, or that change by other ways than the chain."""
     assert chain.product is not None
     inside = _between(chain.product, match.softmax) | chain.helpers
-    for node in inside - {match.softmax} - chain.helpers:
-        for user in node.users:
-            if user in inside:
-                if mutations.writer_between(node, node, user) is not None:
-                    match.refuse(SkipCode.MUTATION, f"`{node.name}` changes before it is read")
-                    return
-            elif not only_observes(user, node):
-                match.refuse(SkipCode.WEIGHTS_ESCAPE, f"`{user.name}` reads the logits")
-                return
+    edges = [
+        (node, user)
+        for node in inside - {match.softmax} - chain.helpers
+        for user in node.users
+        if not only_observes(user, node)
+    ]
+    readers = [user for _, user in edges if user not in inside]
+    if readers:
+        match.refuse(SkipCode.WEIGHTS_ESCAPE, f"`{readers[0].name}` reads the logits")
+    for node, user in edges:
+        if user in inside and mutations.writer_between(node, node, user) is not None:
+            match.refuse(SkipCode.MUTATION, f"`{node.name}` changes before it is read")
+            break
     axis = bound_arguments(match.softmax)["dim"]
     if chain.helpers and axis not in (-1, len(shape_of(match.softmax)) - 1):
         match.refuse(SkipCode.AMBIGUOUS, "a maximum is subtracted along another axis")

@@ -70,6 +70,9 @@ def _products(match: Match, operands: tuple[Node, Node, Node], is_grouped: bool)
     book = match.book
     for letter, size in zip((*batch, ("q",), ("d",)), shape_of(query), strict=True):
         book.sizes[letter[0]] = size
+    if is_grouped:
+        # Groups are counted: symbolic head counts become constants, and guards.
+        book.sizes[batch[-1][0]] = int(book.sizes[batch[-1][0]])
     book.sizes["k"], book.sizes["v"] = shape_of(key)[-2], shape_of(value)[-1]
     states = []
     for tensor, last in ((key, "d"), (value, "v")):
@@ -98,8 +101,9 @@ def _key_layout(
     """Return the letters of a key's or value's batch dimensions, and which of them repeat."""
     layout: list[tuple[str, ...]] = []
     repeated: set[str] = set()
-    for (letter,), size in zip(batch, shape_of(tensor), strict=False):
+    for (letter,), length in zip(batch, shape_of(tensor), strict=False):
         whole = book.sizes[letter]
+        size = int(length) if is_grouped and letter == batch[-1][0] else length
         if is_known(size == whole):
             layout.append((letter,))
         elif is_known(size == 1):

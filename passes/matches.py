@@ -43,5 +43,10 @@ class Match:
     obstacles: list[SkipReason] = field(default_factory=list[SkipReason])
 
     def refuse(self, code: SkipCode, detail: str = "") -> None:
-        """Add a reason why the site stays dense."""
-        self.obstacles.append(SkipReason(code, detail))
+        """Add a reason why the site stays dense.
+
+        A change in place goes first: a tensor that is written through a view also looks as if
+        somebody else read it.
+        """
+        place = 0 if code is SkipCode.MUTATION else len(self.obstacles)
+        self.obstacles.insert(place, SkipReason(code, detail))

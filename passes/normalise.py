@@ -51,7 +51,8 @@ def normalise(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
     mode, fakes = _fake_inputs(placeholders, example_inputs)
 
     def run(*args: Any) -> Any:
-        return FusedLayerOpener(graph_module).run(*args)
+        with contextlib.ExitStack() as contexts:
+            return FusedLayerOpener(graph_module, contexts).run(*args)
 
     trace = make_fx(
         run,

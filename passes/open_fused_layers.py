@@ -18,15 +18,36 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.fx import Interpreter
+from torch.fx import GraphModule, Interpreter
 from torch.fx import traceback as fx_traceback
 
 
 class FusedLayerOpener(Interpreter):
-    """Runs a graph, replacing calls of fused layers by their parts."""
+    """Runs a graph, replacing calls of fused layers by their parts.
+
+    Autocast regions are entered for real: tracing records the calls that open and close them but
+    does not make them, and every dtype inside would be wrong.
+
+    Args:
+        graph_module: The graph to run.
+        contexts: Receives the autocast regions, which end with it.
+    """
+
+    def __init__(self, graph_module: GraphModule, contexts: contextlib.ExitStack) -> None:
+        super().__init__(graph_module)
+        self._contexts = contexts
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run one call; a fused layer as its parts."""
+        if target is torch.amp.autocast_mode._enter_autocast:
+            device_type, dtype, enabled, cache_enabled = args
+            region = contextlib.ExitStack()
+            region.enter_context(
+                torch.autocast(device_type, dtype, enabled=enabled, cache_enabled=cache_enabled)
+            )
+            return self._contexts.enter_context(region)
+        if target is torch.amp.autocast_mode._exit_autocast:
+            return args[0].close()
         opener = _OPENERS.get(target)
         result = opener(*args, **kwargs) if opener is not None else NotImplemented
         return super().call_function(target, args, kwargs) if result is NotImplemented else result

@@ -46,7 +46,6 @@ from seer_compile.types import (
     MaskProof,
     MaskTerm,
     SkipCode,
-    SkipReason,
 )
 
 
@@ -75,9 +74,9 @@ def prove_masks(
 def _prove(
     site: AttentionSite, mutations: Mutations, constants: Mapping[Node, Tensor]
 ) -> MaskProof:
-    if site.graph_path or site.kind == "flex":
-        reason = SkipReason(SkipCode.FLEX if site.kind == "flex" else SkipCode.SUBGRAPH)
-        return MaskProof(visibility=None, reason=reason)
+    if site.graph_path or site.kind == "flex" or not site.axis_sizes:
+        # Nothing to interpret here: the finder has said why.
+        return MaskProof(visibility=None, reason=site.obstacles[0])
     mode = getattr(fake_value(site.output), "fake_mode", None)
     ranges = IndexRanges(site.axis_sizes, getattr(mode, "shape_env", None))
     interpreter = MaskInterpreter(RULES, ranges, mutations, constants)

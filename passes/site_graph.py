@@ -64,7 +64,7 @@ def draw_sites(
 
     Args:
         graphs: Each captured graph and its plan.
-        path: Its suffix says how: ``.dot`` or ``.gv`` (Graphviz), ``.json`` (node-link data), or
+        path: Its suffix says how: ``.dot`` or ``.gv`` (Graphviz), ``.json`` (lists of vertices and edges), or
             ``.png``, ``.svg``, ``.pdf`` (drawn by matplotlib).
 
     Raises:
@@ -79,13 +79,21 @@ def draw_sites(
     if target.suffix in (".dot", ".gv"):
         target.write_text(to_dot(whole))
     elif target.suffix == ".json":
-        target.write_text(json.dumps(networkx.node_link_data(whole, edges="edges"), indent=2))
+        target.write_text(json.dumps(to_plain(whole), indent=2))
     elif target.suffix in _IMAGES:
         _draw(whole, target)
     else:
         raise SeerInputError(
             argument="draw", got=str(path), expected=".dot, .gv, .json, .png, .svg or .pdf"
         )
+
+
+def to_plain(graph: Any) -> dict[str, list[dict[str, Any]]]:
+    """Return a site graph as lists of vertices and edges."""
+    return {
+        "nodes": [{"id": vertex, **data} for vertex, data in graph.nodes(data=True)],
+        "edges": [{"source": a, "target": b, **data} for a, b, data in graph.edges(data=True)],
+    }
 
 
 def to_dot(graph: Any) -> str:
@@ -151,7 +159,8 @@ def _connect(
     names = [vertices[node] for node in sites]
     sources = [name for name in names if not _leads_on(graph, name, names)]
     # Behind another site every operand depends on weights too: the input counts on its own only.
-    if not sources and from_input:
+    # A mask comes from sizes and buffers as often as from inputs, and says nothing then.
+    if not sources and from_input and role != "mask":
         sources = [first]
     for source in sources:
         if graph.has_edge(source, target):

@@ -218,7 +218,7 @@ class _Walk:
         **dict.fromkeys((aten.mul, aten.mul_, aten.div, aten.div_), scale),
         **dict.fromkeys((aten.add, aten.add_, aten.sub, aten.sub_), add),
         **dict.fromkeys((aten.masked_fill, aten.masked_fill_), masked_fill),
-        **dict.fromkeys((aten.maximum, aten.clamp, aten.clamp_min), floor),
+        **dict.fromkeys((aten.maximum, aten.max, aten.clamp, aten.clamp_min), floor),
         aten.tanh: tanh,
         aten.where: where,
         aten.cat: concatenation,
