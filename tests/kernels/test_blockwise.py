@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch.overrides import TorchFunctionMode
 
 from seer_compile.errors import SelectionError
-from seer_compile.kernels import blockwise, ops, reference
+from seer_compile.kernels import block_rows, blockwise, ops, reference
 from seer_compile.types import BlockSelection, BlockSize, Visibility
 from support.assertions import (
     assert_bitwise_equal,
@@ -411,8 +411,8 @@ def test_long_lists_are_walked_in_steps_with_the_same_result(monkeypatch):
         return out.detach(), lse, *torch.autograd.grad(out.square().sum(), leaves)
 
     expected = compute()
-    monkeypatch.setattr(blockwise, "_STEP_KEYS", 32)
-    monkeypatch.setattr(blockwise, "_BATCH_ELEMENTS", 1 << 12)
+    monkeypatch.setattr(block_rows, "_STEP_KEYS", 32)
+    monkeypatch.setattr(block_rows, "_BATCH_ELEMENTS", 1 << 12)
     for got, wanted in zip(compute(), expected, strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
@@ -467,7 +467,7 @@ def test_memory_does_not_grow_with_queries_times_keys():
     rest = (1.0, 64, 64, CAUSAL)
     with _LargestResult() as largest:
         blockwise.attention_forward(*inputs[:3], *selection, *rest)
-    assert 0 < largest.numel <= max(blockwise._BATCH_ELEMENTS, 4096 * 64)
+    assert 0 < largest.numel <= max(block_rows._BATCH_ELEMENTS, 4096 * 64)
 
 
 @pytest.mark.slow

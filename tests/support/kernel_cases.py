@@ -142,8 +142,8 @@ def worst_of_eager(
 
     How plain PyTorch rounds depends on the order in which channels, keys and queries are
     summed; one order is a matter of luck where a result has a hundred elements. In float32
-    queries and keys also move by one unit in the last place, which tells how well the call is
-    conditioned.
+    queries, keys and scale also move by one unit in the last place, which tells how well the
+    call is conditioned.
 
     Args:
         compute: Returns the output, or the gradients of query, key and value, from inputs, mask
@@ -163,7 +163,7 @@ def worst_of_eager(
             nudged(inputs.query, seed)[..., channels][:, :, rows],
             nudged(inputs.key, seed)[..., channels][:, :, keys],
             inputs.value[:, :, keys],
-            inputs.scale,
+            nudged(torch.tensor(inputs.scale, dtype=inputs.query.dtype), seed).item(),
         )
         results = list(compute(turned, mask[..., rows, :][..., keys], rows))
         results[0] = results[0][:, :, rows.argsort()]
