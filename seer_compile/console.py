@@ -112,7 +112,7 @@ def evaluation_text(rows: Sequence[EvaluationRow]) -> str:
     text = render_table(EVALUATION_HEADER, [evaluation_cells(row) for row in rows])
     notes = [
         f"{row.method} at {row.length:,} tokens, density {row.asked_density:.3g}: "
-        f"{count} calls answered densely ({path.removeprefix('dense:')})"
+        f"{count} calls of a forward are answered densely in use ({path.removeprefix('dense:')})"
         for row in rows
         for path, count in row.dense_calls.items()
     ]

@@ -29,6 +29,7 @@ from seer_compile.errors import (
     SeerInputError,
 )
 from seer_compile.gate import BUDGET_LENGTHS, AttnGate
+from seer_compile.kernels.gated_attention import MODE_AUTO, MODE_DENSE, MODE_SPARSE
 
 METADATA_VERSION = 1
 
@@ -55,12 +56,17 @@ class GateStore(nn.Module):
         self.gates = nn.ModuleDict()
         self._names: dict[str, str] = {}
         self._is_sparse = False
+        self._at_any_size = False
         self._untrained_may_answer = False
         self._absent_prefix: str | None = None
         self._lock = threading.RLock()
         self.register_buffer("metadata", torch.empty(0, dtype=torch.uint8, device="cpu"))
         self.register_load_state_dict_post_hook(_forgive_absent_gates)
         self.write_metadata()
+
+    def forward(self, value: Any) -> Any:
+        """Pass a value on: a container that runs its children in turn meets the store as well."""
+        return value
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out the lock, which can be neither pickled nor copied."""
@@ -144,16 +150,20 @@ class GateStore(nn.Module):
                 )
             return gate
 
-    def set_mode(self, sparse: bool, *, untrained: bool | None = None) -> None:
+    def set_mode(
+        self, sparse: bool, *, untrained: bool | None = None, at_any_size: bool = False
+    ) -> None:
         """Let gates answer sparsely or not; gates created later follow.
 
         Args:
             sparse: False answers every site densely.
             untrained: Whether gates that were never trained may answer sparsely (the zero-shot
                 gate); unchanged when None, and False in a new store.
+            at_any_size: Also where dense attention is faster, to measure what sparsity costs.
         """
         with self._lock, torch.no_grad():
             self._is_sparse = sparse
+            self._at_any_size = at_any_size
             if untrained is not None:
                 self._untrained_may_answer = untrained
             for _, gate in self.items():
@@ -298,7 +308,8 @@ class GateStore(nn.Module):
 
     def _apply_mode(self, gate: AttnGate) -> None:
         may_answer = gate.is_trained or self._untrained_may_answer
-        gate.mode.fill_(int(self._is_sparse and may_answer))
+        answers = MODE_SPARSE if self._at_any_size else MODE_AUTO
+        gate.mode.fill_(answers if self._is_sparse and may_answer else MODE_DENSE)
 
     def _gate(self, key: str) -> AttnGate:
         gate = self.gates[key]

@@ -601,3 +601,14 @@ class TestUnresolvedMass:
         assert sum(shares.values()) / 2 == pytest.approx(0.15, rel=0.02)
         budgets = [curve.budget_for(1024, density=shares[name]) for name, curve in curves.items()]
         assert budgets[0] == pytest.approx(budgets[1], abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("sparse", "at_any_size", "mode"), [(False, True, 0), (True, False, 1), (True, True, 2)]
+)
+def test_mode_of_a_trained_gate_follows_the_store(sparse, at_any_size, mode):
+    store = GateStore(SMALL)
+    gate = store.get_or_create("a", heads=2, kv_heads=1, head_dim=8)
+    gate.is_trained = True
+    store.set_mode(sparse, at_any_size=at_any_size)
+    assert int(gate.mode) == mode
