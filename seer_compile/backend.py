@@ -168,7 +168,7 @@ class SeerBackend:
         return StoreGates(self.store, may_create=may_create)
 
     def _warn_if_uncalibrated(self) -> None:
-        if not self.store.is_calibrated and not self.options.zero_shot:
+        if not any(int(gate.mode) for _, gate in self.store.items()):
             self.log.warn_once("", UNCALIBRATED)
 
 

@@ -271,7 +271,9 @@ def unplugged(model: nn.Module) -> Iterator[None]:
         yield
         return
     modules = dict(model._modules)
-    compiled = [(entry, entry.__dict__.pop(_COMPILED)) for entry in session.entries]
+    compiled = [(entry, entry.__dict__[_COMPILED]) for entry in session.entries]
+    for entry, _ in compiled:
+        entry.__dict__[_COMPILED] = None
     del model._modules[STORE_NAME]
     try:
         yield
