@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import threading
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import _disable_current_modes
 
 from seer_compile.budget_curve import (
     Allocation,
@@ -23,13 +21,10 @@ from seer_compile.budget_curve import (
 )
 from seer_compile.config import GateConfig
 from seer_compile.config_json import config_from_json, config_to_json
-from seer_compile.errors import (
-    GateMismatchError,
-    ModelStateError,
-    SeerInputError,
-)
+from seer_compile.errors import GateMismatchError, ModelStateError, SeerInputError
 from seer_compile.gate import BUDGET_LENGTHS, AttnGate
 from seer_compile.kernels.gated_attention import MODE_AUTO, MODE_DENSE, MODE_SPARSE
+from seer_compile.real_tensors import real_tensors
 
 METADATA_VERSION = 1
 
@@ -381,13 +376,6 @@ def _forgive_absent_gates(store: GateStore, incompatible: Any) -> None:
         ]
     for _, gate in store.items():
         store._apply_mode(gate)
-
-
-@contextlib.contextmanager
-def real_tensors() -> Iterator[None]:
-    """Create ordinary tensors even while tracing, under fake tensors or in inference mode."""
-    with _disable_current_modes(), torch.inference_mode(False):
-        yield
 
 
 def _key(name: str) -> str:
