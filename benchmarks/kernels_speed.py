@@ -37,6 +37,7 @@ from seer_compile.kernels.triton import (
     block_scores,
     pool_blocks,
     select_blocks,
+    tuning,
 )
 
 Row = dict[str, Any]
@@ -174,7 +175,7 @@ def forward_rows(bench: Bench, densities: tuple[float, ...], variants: list[Row]
 
 def forward(quick: bool) -> Iterator[Row]:
     """Time the forward at three lengths, and variants at one."""
-    tiling = attention_forward.Tiling
+    tiling = tuning.Tiling
     plain = [{"blocks": (64, 64)}]
     bench = Bench(32768)
     yield from peers(bench)
@@ -245,7 +246,7 @@ def backward(quick: bool) -> Iterator[Row]:
     rest = (indices, counts, bench.scale, 64, 64)
     out, lse = attention_forward.launch(*tensors, *rest, upper=0)
     grad_out = torch.randn_like(out)
-    tiling = attention_backward.BackwardTiling
+    tiling = tuning.BackwardTiling
     for choice in (None, tiling(64, 64, 4, 2, 4, 2), tiling(64, 64, 8, 2, 8, 3)):
 
         def run(choice=choice) -> tuple[Tensor, ...]:
@@ -272,7 +273,7 @@ def mass(quick: bool) -> Iterator[Row]:
     """Time attention mass."""
     del quick
     bench = Bench(32768)
-    tiling = block_scores.MapTiling
+    tiling = tuning.MapTiling
     for choice in (None, tiling(128, 64, 8, 3), tiling(64, 128, 4, 2), tiling(128, 128, 8, 3)):
         for units in ((64, 64), (8, 64)):
 

@@ -22,14 +22,11 @@ Source:
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from seer_compile.errors import HeadConfigError
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     ceil_div,
@@ -48,41 +45,7 @@ from seer_compile.kernels.triton.primitives import (
     tile_pointers,
     token_visibility,
 )
-
-
-class Tiling(NamedTuple):
-    """How one launch is cut into tiles."""
-
-    rows: int
-    """Query tokens of one head in a tile; divides the query block."""
-    keys: int
-    """Key tokens of a tile; divides the key block."""
-    heads: int
-    """Query heads in a tile."""
-    warps: int
-    stages: int
-
-
-class HeadLayout(NamedTuple):
-    """How query heads map to key heads and to selections."""
-
-    heads: int
-    per_key_head: int
-    per_selection: int
-
-
-def head_layout(heads: int, kv_heads: int, selections: int) -> HeadLayout:
-    """Return the layout of heads.
-
-    Raises:
-        HeadConfigError: Query heads do not form equal groups per key head or per selection.
-    """
-    for argument, groups in (("kv_heads", kv_heads), ("selection heads", selections)):
-        if groups < 1 or heads % groups:
-            raise HeadConfigError(
-                argument=argument, got=groups, expected=f"a divisor of the {heads} query heads"
-            )
-    return HeadLayout(heads, heads // kv_heads, heads // selections)
+from seer_compile.kernels.triton.tuning import Tiling, forward_tiling, head_layout, shared_memory
 
 
 @triton.jit
@@ -298,24 +261,6 @@ def _attention_forward(
     tl.store(lse_ptr + lse_rows, lse, mask=is_query)
 
 
-def choose_tiling(
-    layout: HeadLayout, query_block: int, key_block: int, dim: int, dtype: torch.dtype
-) -> Tiling:
-    """Return the tiling for a shape; ``dim`` is the larger of the padded head dims."""
-    if dtype is torch.float32:
-        # Exact float32 products run on the vector units: small tiles keep the code short.
-        return Tiling(min(query_block, 32), min(key_block, 32), 1, 4, 1)
-    shared = min(layout.per_key_head, layout.per_selection)
-    heads = 1
-    while heads * 2 * query_block <= 128 and shared % (heads * 2) == 0:
-        heads *= 2
-    rows = min(query_block, 128 if dim <= 128 else 64)
-    keys = min(key_block, 64)
-    warps = 8 if rows * heads >= 128 else 4
-    stages = 3 if dim <= 128 else 2
-    return Tiling(rows, keys, heads, warps, stages)
-
-
 def launch(
     query: Tensor,
     key: Tensor,
@@ -371,7 +316,9 @@ def launch(
     if out.numel() == 0 or k_len == 0:
         return out.zero_(), lse.fill_(float("-inf"))
     padded = padded_dim(dim), padded_dim(value_dim)
-    tiling = tiling or choose_tiling(layout, query_block, key_block, max(padded), query.dtype)
+    tiling = tiling or forward_tiling(
+        layout, query_block, key_block, max(padded), query.dtype, shared_memory(query.device)
+    )
     band = make_band(upper, lower, offset)
     # Maxima are taken before scaling, so the scale is positive.
     magnitude = max(abs(float(scale)), 1e-30)

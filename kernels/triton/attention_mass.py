@@ -1,26 +1,19 @@
 """Attention mass: the true softmax map of attention, pooled, without ever storing it.
 
-Tokens are the rows and columns of :mod:`pooled_softmax`. This is the target that gates learn, and
+Tokens are the rows and columns of :mod:`row_statistics`. This is the target that gates learn, and
 the score of the oracle that selections are judged against.
 """
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from seer_compile.errors import RangeError
-from seer_compile.kernels.triton.block_scores import MapTiling, column_rules, pooled_softmax_map
+from seer_compile.kernels.triton.block_scores import column_rules, pooled_softmax_map
 from seer_compile.kernels.triton.primitives import ceil_div, padded_dim
+from seer_compile.kernels.triton.tuning import MapTiling, mass_tiling, shared_memory
 
 _LARGEST_UNIT = 128
-
-
-def choose_tiling(dim: int, dtype: torch.dtype) -> MapTiling:
-    """Return the tiling for a padded head dim."""
-    if dtype is torch.float32:
-        return MapTiling(32, 32, 4, 1)
-    return MapTiling(128, 128, 8, 3 if dim <= 64 else 2)
 
 
 def _reduction(argument: str, got: str, choices: tuple[str, str]) -> bool:
@@ -97,5 +90,5 @@ def launch(
         lower,
         offset,
         column_rules(1, key_padding, query_documents, key_documents),
-        tiling or choose_tiling(padded_dim(query.shape[3]), query.dtype),
+        tiling or mass_tiling(padded_dim(query.shape[3]), query.dtype, shared_memory(query.device)),
     )

@@ -1,8 +1,8 @@
 """Block scores of a gate: pooled features to the share of attention each key block carries.
 
-Sub-blocks are the rows and columns of :mod:`pooled_softmax`; a block score is the largest, over
-the query sub-blocks of a block (and over the heads of a group), of the summed probability of the
-key sub-blocks of the other block. Scores of sub-block pairs are never stored.
+Sub-blocks are the rows and columns of :mod:`row_statistics` and :mod:`pooled_map`; a block score is
+the largest, over the query sub-blocks of a block (and over the heads of a group), of the summed
+probability of the key sub-blocks of the other block. Scores of sub-block pairs are never stored.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import triton
 from torch import Tensor
 
 from seer_compile.errors import RangeError
-from seer_compile.kernels.triton.attention_forward import head_layout
-from seer_compile.kernels.triton.pooled_softmax import pooled_map, row_statistics
+from seer_compile.kernels.triton.pooled_map import pooled_map
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     ceil_div,
@@ -24,15 +23,8 @@ from seer_compile.kernels.triton.primitives import (
     make_band,
     padded_dim,
 )
-
-
-class MapTiling(NamedTuple):
-    """Sizes of the tiles of the two passes, in rows and columns."""
-
-    rows: int
-    columns: int
-    warps: int
-    stages: int
+from seer_compile.kernels.triton.row_statistics import row_statistics
+from seer_compile.kernels.triton.tuning import MapTiling, head_layout, scores_tiling, shared_memory
 
 
 class ColumnRules(NamedTuple):
@@ -72,13 +64,6 @@ def column_rules(
         ranges.append(_in_units(documents, extent, limits.max).amin(2).contiguous())
         ranges.append(_in_units(documents, extent, limits.min).amax(2).contiguous())
     return ColumnRules(usable, *ranges)
-
-
-def choose_tiling(dim: int, dtype: torch.dtype) -> MapTiling:
-    """Return the tiling for a padded feature dim."""
-    if dtype is torch.float32:
-        return MapTiling(32, 32, 4, 1)
-    return MapTiling(128, 64, 8, 3) if dim <= 128 else MapTiling(64, 64, 8, 2)
 
 
 def pooled_softmax_map(
@@ -136,7 +121,7 @@ def pooled_softmax_map(
     if result.numel() == 0 or rows.numel() == 0 or columns.numel() == 0:
         return result.zero_()
     padded = padded_dim(dim)
-    tiling = tiling or choose_tiling(padded, rows.dtype)
+    tiling = tiling or scores_tiling(padded, rows.dtype, shared_memory(rows.device))
     band = make_band(upper, lower, offset)
     statistics = torch.empty((2, batch, heads, num_rows), dtype=torch.float32, device=rows.device)
     per_key_head = head_layout(heads, columns.shape[1], pooled_heads).per_key_head

@@ -19,8 +19,14 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
-from seer_compile.errors import DtypeError, FeatureUnsupportedError, InterpreterUnsupportedError
+from seer_compile.errors import (
+    DtypeError,
+    FeatureUnsupportedError,
+    HardwareUnsupportedError,
+    InterpreterUnsupportedError,
+)
 
 UNBOUNDED = 1 << 29
 """Further than any two positions can lie apart, and safe to add twice in int32."""
@@ -123,13 +129,21 @@ def launching_on(tensor: Tensor, name: str) -> Iterator[None]:
 
     Raises:
         DtypeError: The dtype is none of float16, bfloat16, float32.
+        HardwareUnsupportedError: A tile does not fit the device.
         InterpreterUnsupportedError: bfloat16 under the interpreter.
     """
     if tensor.dtype not in (torch.float16, torch.bfloat16, torch.float32):
         raise DtypeError(argument=name, got=tensor.dtype, expected="float16, bfloat16 or float32")
     if tensor.device.type == "cuda":
-        with torch.cuda.device(tensor.device):
-            yield
+        try:
+            with torch.cuda.device(tensor.device):
+                yield
+        except OutOfResources as error:
+            raise HardwareUnsupportedError(
+                str(error),
+                hint="Use smaller blocks, or run this site dense.",
+                context={"device": torch.cuda.get_device_name(tensor.device)},
+            ) from error
         return
     if tensor.dtype is torch.bfloat16 and is_interpreted():
         raise InterpreterUnsupportedError(

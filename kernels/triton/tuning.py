@@ -1,0 +1,165 @@
+"""Sizes of tiles, warps and pipeline stages, and how heads share tiles.
+
+Measured figures are medians on one H200 in bfloat16: 32,768 tokens, 32 query heads, 8 key heads,
+causal, 90 % of the blocks dropped; ``benchmarks/kernels_speed.py`` makes them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from seer_compile.errors import HeadConfigError
+
+HOPPER_SHARED = 232_448
+"""Bytes of shared memory that one program may use on sm_90."""
+
+
+def shared_memory(device: torch.device) -> int:
+    """Return the bytes of shared memory that one program may use."""
+    if device.type != "cuda":
+        return HOPPER_SHARED
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _fit(fixed: int, per_key: int, keys: int, stages: int, limit: int) -> tuple[int, int]:
+    """Return keys per tile and stages, fewer where shared memory is smaller than Hopper's."""
+    while fixed + per_key * keys * stages > limit and stages > 1:
+        stages -= 1
+    while fixed + per_key * keys > limit and keys > 16:
+        keys //= 2
+    return keys, stages
+
+
+class HeadLayout(NamedTuple):
+    """How query heads map to key heads and to selections."""
+
+    heads: int
+    per_key_head: int
+    per_selection: int
+
+
+def head_layout(heads: int, kv_heads: int, selections: int) -> HeadLayout:
+    """Return the layout of heads.
+
+    Raises:
+        HeadConfigError: Query heads do not form equal groups per key head or per selection.
+    """
+    for argument, groups in (("kv_heads", kv_heads), ("selection heads", selections)):
+        if groups < 1 or heads % groups:
+            raise HeadConfigError(
+                argument=argument, got=groups, expected=f"a divisor of the {heads} query heads"
+            )
+    return HeadLayout(heads, heads // kv_heads, heads // selections)
+
+
+class Tiling(NamedTuple):
+    """How one launch is cut into tiles."""
+
+    rows: int
+    """Query tokens of one head in a tile; divides the query block."""
+    keys: int
+    """Key tokens of a tile; divides the key block."""
+    heads: int
+    """Query heads in a tile."""
+    warps: int
+    stages: int
+
+
+def forward_tiling(
+    layout: HeadLayout,
+    query_block: int,
+    key_block: int,
+    dim: int,
+    dtype: torch.dtype,
+    limit: int = HOPPER_SHARED,
+) -> Tiling:
+    """Return the tiling for a shape.
+
+    Args:
+        layout: How heads map to key heads and selections.
+        query_block: Tokens per query block.
+        key_block: Tokens per key block.
+        dim: The larger of the padded head dims.
+        dtype: Of the tensors.
+        limit: Bytes of shared memory per program.
+    """
+    if dtype is torch.float32:
+        # Exact float32 products run on the vector units: small tiles keep the code short.
+        return Tiling(min(query_block, 32), min(key_block, 32), 1, 4, 1)
+    # 32,768 tokens, 32/8 heads, D128, 90 % sparse, one H200: 64 rows of one head 2.39 ms, 128 rows
+    # of one head 2.56, of two heads 2.48, 256 rows of four heads that share a selection 2.21.
+    rows = min(query_block, 64)
+    shared = math.gcd(layout.per_key_head, layout.per_selection)
+    for tile_rows in (256, 64) if dim <= 128 else (64,):
+        heads = tile_rows // rows
+        if shared % heads == 0:
+            break
+    else:
+        heads = 1
+    if 2 * (rows * heads + 2 * 2 * 64) * dim > limit:
+        heads = 1
+    is_large = rows * heads > 64
+    stages = 2 if is_large or dim > 128 else 3
+    keys, stages = _fit(2 * rows * heads * dim, 4 * dim, min(key_block, 64), stages, limit)
+    return Tiling(rows, keys, heads, 8 if is_large else 4, stages)
+
+
+class BackwardTiling(NamedTuple):
+    """How the two kernels are cut into tiles; each divides its block."""
+
+    rows: int
+    keys: int
+    query_warps: int
+    query_stages: int
+    key_warps: int
+    key_stages: int
+
+
+def backward_tiling(
+    query_block: int, key_block: int, dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED
+) -> BackwardTiling:
+    """Return the tiling for a shape; ``dim`` is the larger of the padded head dims."""
+    if dtype is torch.float32:
+        size = 32 if dim <= 64 else 16
+        return BackwardTiling(min(query_block, size), min(key_block, size), 4, 1, 4, 1)
+    rows, keys = min(query_block, 64), min(key_block, 64)
+    if dim <= 64:
+        return BackwardTiling(rows, keys, 4, 3, 4, 3)
+    if dim <= 128:
+        # 4 warps for the key side although they spill: 12.5 ms against 17.0 ms with 8 (one H200,
+        # 32,768 tokens, 32/8 heads, 90 % sparse).
+        return BackwardTiling(rows, keys, 4, 2, 4, 2)
+    keys, stages = _fit(4 * rows * dim, 4 * dim, min(keys, 32), 2, limit)
+    return BackwardTiling(rows, keys, 8, stages, 8, 1)
+
+
+class MapTiling(NamedTuple):
+    """Sizes of the tiles of the two passes, in rows and columns."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+def scores_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> MapTiling:
+    """Return the tiling for a padded feature dim."""
+    if dtype is torch.float32:
+        return MapTiling(32, 32, 4, 1)
+    rows, stages = (128, 3) if dim <= 128 else (64, 2)
+    columns, stages = _fit(2 * rows * dim, 2 * dim, 64, stages, limit)
+    return MapTiling(rows, columns, 8, stages)
+
+
+def mass_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> MapTiling:
+    """Return the tiling for a padded head dim."""
+    if dtype is torch.float32:
+        return MapTiling(32, 32, 4, 1)
+    # At D128 tiles of 64 columns beat 128: 21.9 against 24.3 ms (one H200, 32,768 tokens, 32/8
+    # heads, units of 8 x 64).
+    columns, stages = (64, 3) if dim <= 128 else (128, 2)
+    columns, stages = _fit(2 * 128 * dim, 2 * dim, columns, stages, limit)
+    return MapTiling(128, columns, 8, stages)

@@ -1,0 +1,42 @@
+"""Every kernel compiles for a Hopper GPU, which need not be there, and fits it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+ROOT = Path(__file__).parents[3]
+LARGEST_SHARED = 227.0
+"""KiB of shared memory that one program may use on sm_90."""
+
+
+@pytest.mark.parametrize(
+    "op",
+    [
+        "pool_blocks",
+        pytest.param("select_blocks", marks=pytest.mark.slow),
+        pytest.param("block_scores", marks=pytest.mark.slow),
+        pytest.param("attention_mass", marks=pytest.mark.slow),
+        pytest.param("attention_forward", marks=pytest.mark.slow),
+        pytest.param("attention_backward", marks=pytest.mark.slow),
+    ],
+)
+def test_kernels_compile_for_hopper_and_fit_its_shared_memory(op, tmp_path):
+    # In a process of its own: this one may run kernels under the interpreter, or on a real GPU.
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "benchmarks/kernels_compile.py", "--only", op]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stderr[-3000:]
+    shared = [float(size) for size in re.findall(r"([\d.]+) KiB shared", result.stdout)]
+    assert shared, result.stdout
+    assert max(shared) <= LARGEST_SHARED, result.stdout
