@@ -64,8 +64,8 @@ def draw_sites(
 
     Args:
         graphs: Each captured graph and its plan.
-        path: Its suffix says how: ``.dot`` or ``.gv`` (Graphviz), ``.json`` (lists of vertices and edges), or
-            ``.png``, ``.svg``, ``.pdf`` (drawn by matplotlib).
+        path: Its suffix says how: ``.dot`` or ``.gv`` (Graphviz), ``.json`` (lists of vertices and
+            edges), or ``.png``, ``.svg``, ``.pdf`` (drawn by matplotlib).
 
     Raises:
         SeerInputError: Another suffix.
