@@ -136,6 +136,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         "vertical_slash, quest, xattention, xattention16, mean_pool; "
         "behind all but dense _top_p or _fraction fixes the selector",
     )
+    parser.add_argument(
+        "--allocation",
+        default="uniform",
+        choices=("uniform", "equal_budget", "equal_marginal"),
+        help="how the gates of the sites share a density (%(default)s)",
+    )
     parser.add_argument("--sequences", type=int, default=8, help="windows per length")
     parser.add_argument(
         "--inner", default="inductor", help="Dynamo backend below the gates (%(default)s)"

@@ -111,7 +111,13 @@ def run_evaluate(args: Namespace) -> None:
         for length in dict.fromkeys(args.lengths)
     }
     notify(_evaluation_plan(args, methods))
-    evaluator = Evaluator(model, windows, model_arguments=_FORWARD, notify=notify)
+    evaluator = Evaluator(
+        model,
+        windows,
+        allocation=args.allocation,
+        model_arguments=_FORWARD,
+        notify=notify,
+    )
     rows = run_methods(
         evaluator,
         methods,

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seer_compile.budget_curve import check_fraction
+from seer_compile.budget_curve import Allocation, check_fraction
 from seer_compile.errors import ModelStateError, SeerInputError
 from seer_compile.evaluation_methods import (
     DenseTimer,
@@ -92,6 +92,8 @@ class Evaluator:
         windows: Texts by length, all of one length alike; see
             :func:`seer_compile.token_data.planted_windows`.
         block_size: Tokens per block of the matched methods; gates bring their own.
+        allocation: How the gates of the sites share a density; matched methods give every site
+            the asked one.
         model_arguments: Further keyword arguments of the forward.
         notify: Called with one line of text before each piece of work.
     """
@@ -102,6 +104,7 @@ class Evaluator:
         windows: Mapping[int, Sequence[PlantedTokens]],
         *,
         block_size: BlockSize | None = None,
+        allocation: Allocation = "uniform",
         model_arguments: Mapping[str, Any] | None = None,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -112,6 +115,7 @@ class Evaluator:
         self.block_size = block_size or BlockSize()
         self.device = next(model.parameters()).device
         self._arguments = dict(model_arguments or {})
+        self._allocation: Allocation = allocation
         self._notify = notify
         self._dense_loss: dict[int, float] = {}
         self._dense_graph_ms: dict[tuple[str, int], float] = {}
@@ -196,7 +200,7 @@ class Evaluator:
                 f"the method {method.name!r} needs calibrated gates",
                 hint="Calibrate the model or load gates first.",
             )
-        store.set_budget(density=density)
+        store.set_budget(density=density, allocation=self._allocation)
         key = (method.name, length)
         if key not in self._dense_graph_ms:
             self._dense_graph_ms[key] = self._time_dense_graph(method, length, store)
