@@ -292,14 +292,14 @@ def mass(quick: bool) -> Iterator[Row]:
 FIGURES = {"forward": forward, "gate": gate, "backward": backward, "mass": mass}
 
 
-def machine(commit: str) -> Row:
+def machine(figures: list[str], commit: str) -> Row:
     """Return what a number depends on besides the code."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     driver = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
     return {
         "gpu": torch.cuda.get_device_name(), "driver": driver, "torch": torch.__version__,
         "triton": triton.__version__, "commit": commit,
-        "command": "python " + " ".join(["benchmarks/kernels_speed.py", *sys.argv[1:]]),
+        "command": "python benchmarks/kernels_speed.py --figures " + " ".join(figures),
     }  # fmt: skip
 
 
@@ -329,7 +329,7 @@ def main() -> None:
     if arguments.compile:
         compile_figures(arguments.figures, arguments.quick)
         return
-    context = machine(arguments.commit)
+    context = machine(arguments.figures, arguments.commit)
     for figure in arguments.figures:
         for row in FIGURES[figure](arguments.quick):
             print(json.dumps(row), flush=True)

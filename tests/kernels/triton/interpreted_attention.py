@@ -19,8 +19,8 @@ patch_interpreter()
 # NumPy warns where a kernel multiplies by the NaN that a test put there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-from fuzz_kernels import check_attention
 from kernels_cases import BF16, PROFILES, Draw, attention_inputs
+from kernels_checks import check_attention
 
 from seer_compile.errors import (
     DtypeError,

@@ -19,8 +19,8 @@ patch_interpreter()
 # NumPy warns where a kernel multiplies by the NaN that a test put there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-from fuzz_kernels import check_map, check_pool
 from kernels_cases import BF16, PROFILES, Draw, map_inputs, pool_inputs
+from kernels_checks import check_map, check_pool
 
 from seer_compile.errors import RangeError
 from seer_compile.kernels.triton import attention_mass, block_scores, pool_blocks

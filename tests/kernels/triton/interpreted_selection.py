@@ -19,8 +19,8 @@ patch_interpreter()
 # NumPy warns where a kernel multiplies by the NaN that a test put there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-from fuzz_kernels import check_select
 from kernels_cases import PROFILES, Draw, select_inputs
+from kernels_checks import check_select
 
 from seer_compile.errors import RangeError
 from seer_compile.kernels.triton import select_blocks
