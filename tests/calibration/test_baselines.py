@@ -7,7 +7,13 @@ import torch
 import torch.nn.functional as F
 
 from seer_compile.calibration.baselines import BASELINES, xattention
-from seer_compile.calibration.matching import attend, count_visible, match_density, select
+from seer_compile.calibration.matching import (
+    attend,
+    count_visible,
+    match_density,
+    select,
+    selection_mask,
+)
 from seer_compile.errors import RangeError
 from seer_compile.types import BlockSize, SiteInputs, Visibility
 from support import inputs
@@ -231,6 +237,37 @@ def test_matched_density_is_the_one_that_was_asked(selector, density):
     # A fixed share changes whole rows at a time.
     tolerance = 1 if selector == "top_p" else 4 * 32
     assert abs(matched.kept - density * matched.visible) <= tolerance
+
+
+@pytest.mark.parametrize("density", [0.3, 0.6])
+def test_matched_mass_selects_what_the_operator_selects(density):
+    item = site(q_len=512, sharpness=3.0)
+    scores = BASELINES["oracle_mean"].score(item, SIZE)
+    matched = match_density(scores, item, SIZE, selector="top_p", density=density)
+    again = select(scores, item, SIZE, "top_p", matched.budget - 1e-12)
+    expected = selection_mask(again, scores.shape[-1])
+    differs = (selection_mask(matched.selection, scores.shape[-1]) != expected).sum()
+    # The block at which the threshold stands may fall on either side of it.
+    assert differs <= 1
+
+
+def test_density_is_matched_where_one_block_carries_nearly_everything():
+    item = site(q_len=512)
+    sharp = BASELINES["oracle_mean"].score(item, SIZE).double() ** 12
+    scores = (sharp / sharp.sum(-1, keepdim=True)).float()
+    assert (scores.double().sort(dim=-1).values[..., :-8].sum(-1) < 1e-10).any()
+    matched = match_density(scores, item, SIZE, selector="top_p", density=0.6)
+    assert abs(matched.kept - 0.6 * matched.visible) <= 1
+
+
+def test_blocks_of_equal_scores_are_kept_together():
+    item = site(q_len=128)
+    scores = torch.full((1, 4, 8, 8), 0.125).tril()
+    for density in (0.3, 0.7):
+        matched = match_density(scores, item, SIZE, selector="top_p", density=density)
+        per_head = matched.selection.counts.unique(dim=1)
+        assert per_head.shape[1] == 1
+        assert matched.kept == matched.selection.counts.sum()
 
 
 def test_unreachable_density_gives_the_nearest():
