@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     )
     from seer_compile.errors import (
         DenseFallbackWarning,
-        PerformanceWarning,
-        QualityWarning,
         SeerError,
         SeerWarning,
     )
@@ -70,8 +68,6 @@ _HOMES = {
     ),
     "seer_compile.errors": (
         "DenseFallbackWarning",
-        "PerformanceWarning",
-        "QualityWarning",
         "SeerError",
         "SeerWarning",
     ),
@@ -95,8 +91,6 @@ __all__ = [
     "Fraction",
     "GateConfig",
     "GateStore",
-    "PerformanceWarning",
-    "QualityWarning",
     "SeerError",
     "SeerReport",
     "SeerWarning",

@@ -94,12 +94,6 @@ class HeadConfigError(SeerInputError):
     code = "SEER-104"
 
 
-class LayoutError(SeerInputError):
-    """Strides or layout are not accepted."""
-
-    code = "SEER-105"
-
-
 class SelectionError(SeerInputError):
     """A block selection does not fit the tensors."""
 
@@ -112,12 +106,6 @@ class RangeError(SeerInputError):
     code = "SEER-107"
 
 
-class NonFiniteInputError(SeerInputError):
-    """An input holds NaN or infinity."""
-
-    code = "SEER-108"
-
-
 class SeerUnsupportedError(SeerError, NotImplementedError):
     """The request is understood and not available."""
 
@@ -128,12 +116,6 @@ class FeatureUnsupportedError(SeerUnsupportedError):
     """A feature of the model or of the call is not available."""
 
     code = "SEER-201"
-
-
-class GradUnsupportedError(SeerUnsupportedError):
-    """A gradient is asked of something that has none."""
-
-    code = "SEER-202"
 
 
 class HardwareUnsupportedError(SeerUnsupportedError):
@@ -188,36 +170,6 @@ class ExportError(SeerCompileError):
     """The model could not be exported."""
 
     code = "SEER-305"
-
-
-class SeerRuntimeError(SeerError, RuntimeError):
-    """Something failed while the model ran."""
-
-    code = "SEER-400"
-
-
-class OutOfMemoryError(SeerRuntimeError, MemoryError):
-    """The device has too little free memory."""
-
-    code = "SEER-401"
-
-
-class CaptureError(SeerRuntimeError):
-    """A call cannot be recorded into a CUDA graph."""
-
-    code = "SEER-402"
-
-
-class KernelLaunchError(SeerRuntimeError):
-    """A kernel could not be compiled or launched."""
-
-    code = "SEER-403"
-
-
-class QualityError(SeerRuntimeError):
-    """Sparse attention lost more than was allowed."""
-
-    code = "SEER-405"
 
 
 class GateFileError(SeerError, OSError, ValueError):
@@ -304,11 +256,3 @@ class SeerWarning(UserWarning):
 
 class DenseFallbackWarning(SeerWarning):
     """Something that could be sparse runs dense; the text says why."""
-
-
-class QualityWarning(SeerWarning):
-    """Sparse attention loses more than expected."""
-
-
-class PerformanceWarning(SeerWarning):
-    """A call is slower than it needs to be."""

@@ -203,7 +203,6 @@ class SkipCode(enum.Enum):
     SUBGRAPH = "inside a sub-graph (activation checkpointing)"
     DTYPE = "dtype is not float16, bfloat16 or float32"
     RANK = "operands are not batch x heads x tokens x dim"
-    GRADIENT = "gradients flow through a path without backward"
     NO_GATE = "no gate of this name and shape"
     EXCLUDED = "excluded by configuration"
 

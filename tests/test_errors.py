@@ -34,7 +34,6 @@ BUILTINS = {
     "1": ValueError,
     "2": NotImplementedError,
     "3": RuntimeError,
-    "4": RuntimeError,
     "5": OSError,
     "6": RuntimeError,
 }

@@ -9,6 +9,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+
+from seer_compile.errors import VersionUnsupportedError
+from seer_compile.model_loading import load_model
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -108,3 +112,9 @@ def test_package_works_on_cpu_without_optional_libraries(tmp_path):
     ]
     pooled = run_python(WITHOUT_OPTIONAL, json.dumps(modules), cwd=tmp_path)
     assert json.loads(pooled) == [7.0, 8.0, 23.0, 24.0]
+
+
+def test_verbs_that_need_transformers_say_so_where_it_is_missing(monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(VersionUnsupportedError, match="pip install 'transformers>="):
+        load_model("any", device=torch.device("cpu"))
