@@ -142,57 +142,30 @@ def pooled_softmax_map(
     column_units = max(1, tiling.columns // padded_column_unit)
     if padded_row_unit * row_units < 16:
         row_units = 16 // padded_row_unit
+    constants = {
+        "PER_KEY_HEAD": per_key_head,
+        "EXTENT": extent,
+        "DIM": dim,
+        "PADDED_DIM": padded,
+        "PRECISION": dot_precision(rows.dtype),
+        "NEGATE": scale < 0,
+        "num_warps": tiling.warps,
+        "num_stages": tiling.stages,
+    }
     with launching_on(rows, "query"):
         tiles = ceil_div(num_rows, tiling.rows)
         row_statistics[(tiles * heads * batch,)](
-            rows,
-            columns,
-            *statistics,
-            *visibility,
-            *lengths,
-            tiles,
-            heads,
-            PER_KEY_HEAD=per_key_head,
-            EXTENT=extent,
-            TILE_R=tiling.rows,
-            TILE_C=tiling.columns,
-            DIM=dim,
-            PADDED_DIM=padded,
-            PRECISION=dot_precision(rows.dtype),
-            NEGATE=scale < 0,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
+            rows, columns, *statistics, *visibility, *lengths, tiles, heads,
+            TILE_R=tiling.rows, TILE_C=tiling.columns, **constants,
+        )  # fmt: skip
         tiles = ceil_div(num_row_units, row_units)
         pooled_map[(tiles * pooled_heads * batch,)](
-            rows,
-            columns,
-            *statistics,
-            result,
-            *visibility,
-            num_row_units,
-            num_column_units,
-            *lengths,
-            tiles,
-            pooled_heads,
-            PER_KEY_HEAD=per_key_head,
-            POOLED=pooled,
-            EXTENT=extent,
-            ROW_UNIT=row_unit,
-            COLUMN_UNIT=column_unit,
-            ROW_UNITS=row_units,
-            COLUMN_UNITS=column_units,
-            PADDED_ROW_UNIT=padded_row_unit,
-            PADDED_COLUMN_UNIT=padded_column_unit,
-            DIM=dim,
-            PADDED_DIM=padded,
-            SUM_COLUMNS=sum_columns,
-            MEAN_ROWS=mean_rows,
-            PRECISION=dot_precision(rows.dtype),
-            NEGATE=scale < 0,
-            num_warps=tiling.warps,
-            num_stages=tiling.stages,
-        )
+            rows, columns, *statistics, result, *visibility, num_row_units, num_column_units,
+            *lengths, tiles, pooled_heads, POOLED=pooled, ROW_UNIT=row_unit,
+            COLUMN_UNIT=column_unit, ROW_UNITS=row_units, COLUMN_UNITS=column_units,
+            PADDED_ROW_UNIT=padded_row_unit, PADDED_COLUMN_UNIT=padded_column_unit,
+            SUM_COLUMNS=sum_columns, MEAN_ROWS=mean_rows, **constants,
+        )  # fmt: skip
     return result
 
 

@@ -34,46 +34,15 @@ def _interior_query_range(first_key, last_key, upper, lower, q_len, BLOCK: tl.co
     do_not_specialize=["q_len", "k_len", "upper", "lower", "tiles", "kv_heads", "query_blocks"]
 )
 def key_value_gradient(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    lists_ptr,
-    list_counts_ptr,
-    grad_key_ptr,
-    grad_value_ptr,
-    query_strides,
-    key_strides,
-    value_strides,
-    grad_out_strides,
-    grad_key_strides,
-    grad_value_strides,
-    offset_ptr,
-    padding_ptr,
-    query_documents_ptr,
-    key_documents_ptr,
-    q_len,
-    k_len,
-    upper,
-    lower,
-    scale,
-    tiles,
-    kv_heads,
-    query_blocks,
-    PER_KEY_HEAD: tl.constexpr,
-    PER_SELECTION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_VALUE_DIM: tl.constexpr,
+    query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, lists_ptr, list_counts_ptr,
+    grad_key_ptr, grad_value_ptr, query_strides, key_strides, value_strides, grad_out_strides,
+    grad_key_strides, grad_value_strides, offset_ptr, padding_ptr, query_documents_ptr,
+    key_documents_ptr, q_len, k_len, upper, lower, scale, tiles, kv_heads, query_blocks,
+    PER_KEY_HEAD: tl.constexpr, PER_SELECTION: tl.constexpr, BLOCK_Q: tl.constexpr,
+    BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
-):
+):  # fmt: skip
     """Write the gradients of one tile of keys and values."""
     program = tl.program_id(0)
     # Early key tiles first: under a causal band most queries read them.
@@ -92,20 +61,14 @@ def key_value_gradient(
         is_read = is_key & (flags != 0)
     key_base = key_ptr + batch * key_strides[0] + key_head * key_strides[1]
     key = load_tile(
-        tile_pointers(key_base, keys, key_strides[2], columns, key_strides[3]),
-        is_read,
-        columns,
-        DIM,
-        PADDED_DIM,
-    )
+        tile_pointers(key_base, keys, key_strides[2], columns, key_strides[3]), is_read, columns,
+        DIM, PADDED_DIM,
+    )  # fmt: skip
     value_base = value_ptr + batch * value_strides[0] + key_head * value_strides[1]
     value = load_tile(
         tile_pointers(value_base, keys, value_strides[2], value_columns, value_strides[3]),
-        is_read,
-        value_columns,
-        VALUE_DIM,
-        PADDED_VALUE_DIM,
-    )
+        is_read, value_columns, VALUE_DIM, PADDED_VALUE_DIM,
+    )  # fmt: skip
     grad_key = tl.zeros([TILE_K, PADDED_DIM], tl.float32)
     grad_value = tl.zeros([TILE_K, PADDED_VALUE_DIM], tl.float32)
     last_key = tl.minimum(tile * TILE_K + TILE_K, k_len) - 1
@@ -144,11 +107,9 @@ def key_value_gradient(
                 query_tile + start.to(tl.int64) * query_strides[2], columns, DIM, PADDED_DIM
             )
             grad_out = load_whole_tile(
-                grad_tile + start.to(tl.int64) * grad_out_strides[2],
-                value_columns,
-                VALUE_DIM,
+                grad_tile + start.to(tl.int64) * grad_out_strides[2], value_columns, VALUE_DIM,
                 PADDED_VALUE_DIM,
-            )
+            )  # fmt: skip
             lse = tl.load(lse_ptr + statistics + start + query_rows)
             delta = tl.load(delta_ptr + statistics + start + query_rows)
             probability, gradient = grad_logits(
@@ -168,46 +129,25 @@ def key_value_gradient(
             queries = start + query_rows
             is_query = queries < q_len
             visible, _ = token_visibility(
-                queries,
-                keys,
-                batch,
-                q_len,
-                k_len,
-                upper,
-                lower,
-                padding_ptr,
-                query_documents_ptr,
-                key_documents_ptr,
-            )
+                queries, keys, batch, q_len, k_len, upper, lower, padding_ptr,
+                query_documents_ptr, key_documents_ptr,
+            )  # fmt: skip
             visible = tl.trans(visible.to(tl.int8)) != 0
             query = load_tile(
-                query_tile + start.to(tl.int64) * query_strides[2],
-                is_query,
-                columns,
-                DIM,
+                query_tile + start.to(tl.int64) * query_strides[2], is_query, columns, DIM,
                 PADDED_DIM,
-            )
+            )  # fmt: skip
             grad_out = load_tile(
-                grad_tile + start.to(tl.int64) * grad_out_strides[2],
-                is_query,
-                value_columns,
-                VALUE_DIM,
-                PADDED_VALUE_DIM,
-            )
+                grad_tile + start.to(tl.int64) * grad_out_strides[2], is_query, value_columns,
+                VALUE_DIM, PADDED_VALUE_DIM,
+            )  # fmt: skip
             lse = tl.load(lse_ptr + statistics + queries, mask=is_query, other=0.0)
             lse = tl.where(lse == float("-inf"), float("inf"), lse)
             delta = tl.load(delta_ptr + statistics + queries, mask=is_query, other=0.0)
             probability, gradient = grad_logits(
-                key,
-                query,
-                grad_out,
-                value,
-                lse[None, :],
-                delta[None, :],
-                visible,
-                scale,
+                key, query, grad_out, value, lse[None, :], delta[None, :], visible, scale,
                 PRECISION,
-            )
+            )  # fmt: skip
             query, _ = finite_or_zero(query)
             grad_out, is_spoilt = finite_or_zero(grad_out)
             # Where a log-sum-exp is NaN, so is the probability of what its row may not read.
@@ -222,18 +162,11 @@ def key_value_gradient(
     target = grad_key_ptr + batch * grad_key_strides[0] + key_head * grad_key_strides[1]
     store_tile(
         tile_pointers(target, keys, grad_key_strides[2], columns, grad_key_strides[3]),
-        tl.where(is_read[:, None], grad_key * scale, 0.0),
-        is_key,
-        columns,
-        DIM,
-        PADDED_DIM,
-    )
+        tl.where(is_read[:, None], grad_key * scale, 0.0), is_key, columns, DIM, PADDED_DIM,
+    )  # fmt: skip
     target = grad_value_ptr + batch * grad_value_strides[0] + key_head * grad_value_strides[1]
     store_tile(
         tile_pointers(target, keys, grad_value_strides[2], value_columns, grad_value_strides[3]),
-        tl.where(is_read[:, None], grad_value, 0.0),
-        is_key,
-        value_columns,
-        VALUE_DIM,
+        tl.where(is_read[:, None], grad_value, 0.0), is_key, value_columns, VALUE_DIM,
         PADDED_VALUE_DIM,
-    )
+    )  # fmt: skip

@@ -60,48 +60,15 @@ def grad_logits(query, key, value, grad_out, lse, delta, visible, scale, PRECISI
     ]
 )
 def query_gradient(
-    query_ptr,
-    key_ptr,
-    value_ptr,
-    out_ptr,
-    grad_out_ptr,
-    lse_ptr,
-    delta_ptr,
-    indices_ptr,
-    counts_ptr,
-    grad_query_ptr,
-    query_strides,
-    key_strides,
-    value_strides,
-    out_strides,
-    grad_out_strides,
-    grad_query_strides,
-    offset_ptr,
-    padding_ptr,
-    query_documents_ptr,
-    key_documents_ptr,
-    q_len,
-    k_len,
-    upper,
-    lower,
-    scale,
-    selections,
-    num_blocks,
-    capacity,
-    tiles,
-    heads,
-    PER_KEY_HEAD: tl.constexpr,
-    PER_SELECTION: tl.constexpr,
-    BLOCK_Q: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    TILE_Q: tl.constexpr,
-    TILE_K: tl.constexpr,
-    DIM: tl.constexpr,
-    VALUE_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
-    PADDED_VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+    query_ptr, key_ptr, value_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, indices_ptr,
+    counts_ptr, grad_query_ptr, query_strides, key_strides, value_strides, out_strides,
+    grad_out_strides, grad_query_strides, offset_ptr, padding_ptr, query_documents_ptr,
+    key_documents_ptr, q_len, k_len, upper, lower, scale, selections, num_blocks, capacity,
+    tiles, heads, PER_KEY_HEAD: tl.constexpr, PER_SELECTION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
+    DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
     """Write the gradient of one tile of queries, and its delta."""
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
@@ -117,28 +84,19 @@ def query_gradient(
 
     query_base = query_ptr + batch * query_strides[0] + head * query_strides[1]
     query = load_tile(
-        tile_pointers(query_base, queries, query_strides[2], columns, query_strides[3]),
-        is_query,
-        columns,
-        DIM,
-        PADDED_DIM,
-    )
+        tile_pointers(query_base, queries, query_strides[2], columns, query_strides[3]), is_query,
+        columns, DIM, PADDED_DIM,
+    )  # fmt: skip
     out_base = out_ptr + batch * out_strides[0] + head * out_strides[1]
     out = load_tile(
-        tile_pointers(out_base, queries, out_strides[2], value_columns, out_strides[3]),
-        is_query,
-        value_columns,
-        VALUE_DIM,
-        PADDED_VALUE_DIM,
-    )
+        tile_pointers(out_base, queries, out_strides[2], value_columns, out_strides[3]), is_query,
+        value_columns, VALUE_DIM, PADDED_VALUE_DIM,
+    )  # fmt: skip
     grad_base = grad_out_ptr + batch * grad_out_strides[0] + head * grad_out_strides[1]
     grad_out = load_tile(
         tile_pointers(grad_base, queries, grad_out_strides[2], value_columns, grad_out_strides[3]),
-        is_query,
-        value_columns,
-        VALUE_DIM,
-        PADDED_VALUE_DIM,
-    )
+        is_query, value_columns, VALUE_DIM, PADDED_VALUE_DIM,
+    )  # fmt: skip
     delta = tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1)
     statistics = (batch * heads + head) * q_len + queries
     tl.store(delta_ptr + statistics, delta, mask=is_query)
@@ -174,11 +132,9 @@ def query_gradient(
             key_tile + start.to(tl.int64) * key_strides[2], columns, DIM, PADDED_DIM
         )
         value = load_whole_tile(
-            value_tile + start.to(tl.int64) * value_strides[2],
-            value_columns,
-            VALUE_DIM,
+            value_tile + start.to(tl.int64) * value_strides[2], value_columns, VALUE_DIM,
             PADDED_VALUE_DIM,
-        )
+        )  # fmt: skip
         _, gradient = grad_logits(
             query, key, value, grad_out, lse[:, None], delta[:, None], None, scale, PRECISION
         )
@@ -191,27 +147,16 @@ def query_gradient(
         )
         start = tl.load(list_ptr + position) * BLOCK_K + step % SPLIT * TILE_K
         visible, is_key = token_visibility(
-            queries,
-            start + key_rows,
-            batch,
-            q_len,
-            k_len,
-            upper,
-            lower,
-            padding_ptr,
-            query_documents_ptr,
-            key_documents_ptr,
-        )
+            queries, start + key_rows, batch, q_len, k_len, upper, lower, padding_ptr,
+            query_documents_ptr, key_documents_ptr,
+        )  # fmt: skip
         key = load_tile(
             key_tile + start.to(tl.int64) * key_strides[2], is_key, columns, DIM, PADDED_DIM
         )
         value = load_tile(
-            value_tile + start.to(tl.int64) * value_strides[2],
-            is_key,
-            value_columns,
-            VALUE_DIM,
+            value_tile + start.to(tl.int64) * value_strides[2], is_key, value_columns, VALUE_DIM,
             PADDED_VALUE_DIM,
-        )
+        )  # fmt: skip
         _, gradient = grad_logits(
             query, key, value, grad_out, lse[:, None], delta[:, None], visible, scale, PRECISION
         )
@@ -221,9 +166,5 @@ def query_gradient(
     target = grad_query_ptr + batch * grad_query_strides[0] + head * grad_query_strides[1]
     store_tile(
         tile_pointers(target, queries, grad_query_strides[2], columns, grad_query_strides[3]),
-        accumulator * scale,
-        is_query,
-        columns,
-        DIM,
-        PADDED_DIM,
-    )
+        accumulator * scale, is_query, columns, DIM, PADDED_DIM,
+    )  # fmt: skip
