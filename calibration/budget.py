@@ -55,6 +55,7 @@ GRIDS = {
 # Lengths closer than this many steps per octave share a row of the curve.
 _STEPS_PER_OCTAVE = 2
 _MAP_SIDE = 96
+_ORACLE_STEP = 3
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -109,7 +110,7 @@ def tabulate(
         CalibrationDataError: No batch reaches a site.
 
     Cost:
-        Per site and batch: one attention-mass map, and two selections per budget.
+        Per site and batch: one attention-mass map, and four selections per three budgets.
     """
     recorder = CurveRecorder(store, grid=grid, measure_errors=measure_errors)
     hidden = not progress or distributed.rank() != 0
@@ -131,6 +132,8 @@ class CurveRecorder:
     ) -> None:
         self.store = store
         self.grid = tuple(GRIDS[store.config.selector.name] if grid is None else grid)
+        # The oracle is for comparison only: every third budget, and all blocks.
+        self.oracle_grid = (*self.grid[:-1:_ORACLE_STEP], self.grid[-1])
         self.measure_errors = measure_errors
         self._sums: dict[str, dict[int, _Sums]] = {}
         self._maps: dict[str, BlockMap] = {}
@@ -174,8 +177,9 @@ class CurveRecorder:
             sums.add("gate", place, selection, captured_by)
             if self.measure_errors:
                 sums.add_error(place, _sparse_answer(gate, inputs, selection), answer)
-            best = gate.select_from(needed, inputs, budget)
-            sums.add("oracle", place, best, captured_by)
+            if value in self.oracle_grid:
+                best = gate.select_from(needed, inputs, budget)
+                sums.add("oracle", self.oracle_grid.index(value), best, captured_by)
         sums.add_control(captured_by, visible, _sink(visible, inputs, size.key), distance)
         self._keep_map(inputs.name, k_len, scores, needed)
 
@@ -193,7 +197,7 @@ class CurveRecorder:
         heads = longest.gate_kept / longest.visible_per_head.clamp(min=1)
         data = {
             "gate": _curve("gate", self.store.config.selector.name, self.grid, ordered),
-            "oracle": _curve("oracle", self.store.config.selector.name, self.grid, ordered),
+            "oracle": _curve("oracle", self.store.config.selector.name, self.oracle_grid, ordered),
             "control": _curve("control", "sink_local", _control_windows(ordered), ordered),
             "heads": heads.tolist(),
             "map": [self._maps[name].head, self._maps[name].scores, self._maps[name].oracle],
@@ -360,7 +364,7 @@ def _curve(
             points = [sums.control[min(w, max(sums.control))] for w in map(int, budgets)]
             kept, captured = zip(*points, strict=True)
         else:
-            kept, captured = sums.kept[kind], sums.captured[kind]
+            kept, captured = (part[kind][: len(budgets)] for part in (sums.kept, sums.captured))
         densities.append([_share(value, visible) for value in kept])
         masses.append([_share(value, rows) for value in captured])
         if kind == "gate" and any(sums.norm):
