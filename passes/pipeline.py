@@ -19,7 +19,7 @@ from typing import Any
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from seer_compile.errors import PassError, RangeError, SeerInputError
+from seer_compile.errors import PassError, SeerInputError
 from seer_compile.gate_store import GateStore
 from seer_compile.passes.constant_tensors import module_constants
 from seer_compile.passes.find_sites import find_sites
@@ -28,6 +28,7 @@ from seer_compile.passes.handle_sites import CurrentHandler, handle_sites
 from seer_compile.passes.insert_gates import insert_gates
 from seer_compile.passes.lower import lower
 from seer_compile.passes.normalise import normalise
+from seer_compile.passes.pipeline_options import PipelineOptions
 from seer_compile.passes.plan import plan, summarise
 from seer_compile.passes.prove_masks import prove_masks
 from seer_compile.passes.remove_dead import remove_dead
@@ -48,45 +49,6 @@ class Mode(enum.Enum):
     """A call of a Python handler each; the graph is to be run in Python."""
     DISCOVER = "discover"
     """Nothing: the plan is the result."""
-
-
-PASSES = (
-    "normalise",
-    "find_sites",
-    "prove_masks",
-    "plan",
-    "insert_gates",
-    "replace_attention",
-    "lower",
-    "handle_sites",
-    "remove_dead",
-    "verify",
-)
-OPTIONAL_PASSES = ("insert_gates", "replace_attention", "lower", "remove_dead", "verify")
-
-
-@dataclass(frozen=True, kw_only=True)
-class PipelineOptions:
-    """How the pipeline runs; what it does is the mode's business."""
-
-    disabled: tuple[str, ...] = ()
-    """Names of passes to leave out, of :data:`OPTIONAL_PASSES`. Without ``lower`` the graph shows
-    the gate's nodes; without ``insert_gates`` or ``replace_attention`` every site stays dense."""
-    exclude: tuple[str, ...] = ()
-    """Shell patterns of site names that stay dense."""
-    suffix: str = ""
-    """Appended to the site names under which calls are counted, to tell models apart."""
-    dump: tuple[str, ...] = ()
-    """Names of passes around which the graph is written, as Python text, before and after."""
-    dump_directory: str | None = None
-
-    def __post_init__(self) -> None:
-        for argument, allowed in (("disabled", OPTIONAL_PASSES), ("dump", PASSES)):
-            unknown = set(getattr(self, argument)) - set(allowed)
-            if unknown:
-                raise RangeError(argument=argument, got=sorted(unknown), expected=f"of {allowed}")
-        if self.dump and self.dump_directory is None:
-            raise SeerInputError(argument="dump_directory", got=None, expected="a directory")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
