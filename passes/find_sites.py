@@ -10,7 +10,7 @@ Read-only. A site that cannot be rewritten is still returned, with the obstacle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -24,8 +24,8 @@ from seer_compile.passes.match_decomposed import SOFTMAXES, match_decomposed
 from seer_compile.passes.match_fused import match_flex, match_fused
 from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
-from seer_compile.passes.peel_layouts import Peeled
 from seer_compile.passes.site_names import SiteCounter, SiteNames
+from seer_compile.passes.stable_operands import stable_products
 from seer_compile.types import AttentionSite, LayoutStep, Operand, SkipCode
 
 aten = torch.ops.aten
@@ -78,19 +78,19 @@ def _sites_of_bodies(
 
 
 def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> AttentionSite:
-    arrangement = arrange(match.products, match.book) if match.products is not None else None
+    products = match.products
+    if products is not None:
+        products = match.products = stable_products(match, products, mutations)
+    arrangement = arrange(products, match.book) if products is not None else None
     if match.dropout:
         match.refuse(SkipCode.DROPOUT, f"p={match.dropout:g}")
     if path:
         match.refuse(SkipCode.SUBGRAPH)
-    if arrangement is None:
+    if arrangement is None or products is None:
         if not match.obstacles:
             match.refuse(SkipCode.RANK)
         return _unarranged_site(match, name, path)
-    book, products = match.book, match.products
-    assert products is not None
-    for states in (products.query, products.key, products.value):
-        _refuse_changed(match, states, mutations)
+    book = match.book
     head_dim = int(book.size(book.resolve(products.head_dim)))
     letters = _canonical_letters(match, arrangement)
     scale = 1 / math.sqrt(head_dim) if match.scale is None else match.scale
@@ -120,15 +120,6 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
         reader=match.reader,
         graph_path=path,
     )
-
-
-def _refuse_changed(match: Match, states: Sequence[Peeled], mutations: Mutations) -> None:
-    """Refuse an operand that changes in place on the way to the site, at any of its layouts."""
-    for state in states:
-        writer = mutations.writer_between(state.node, state.node, match.output)
-        if writer is not None:
-            match.refuse(SkipCode.MUTATION, f"`{writer.name}` changes `{state.node.name}`")
-            return
 
 
 def _in_dtype(operand: Operand, product: Node, output: Node) -> Operand:

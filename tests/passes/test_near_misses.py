@@ -355,11 +355,42 @@ def key_changed_through_a_view(q, k, v):
     return logits.softmax(-1) @ v
 
 
-@case(SkipCode.MUTATION, kv_heads=G)
+@case("full", kv_heads=G)
 def repeated_key_changed_through_a_view(q, k, v):
     keys = repeat_kv(k, H // G)
     keys[:, 0].zero_()
     return attend(q, keys, repeat_kv(v, H // G), None)
+
+
+@case("full", kv_heads=G)
+def interleaved_key_changed_through_a_view(q, k, v):
+    keys = k.repeat_interleave(H // G, 1)
+    keys[:, 0].zero_()
+    return attend(q, keys, v.repeat_interleave(H // G, 1), None)
+
+
+@case("full", kv_heads=G)
+def key_changed_after_it_was_repeated(q, k, v):
+    k = k + 0
+    keys = k.repeat_interleave(H // G, 1)
+    k.zero_()
+    return attend(q, keys, v.repeat_interleave(H // G, 1), None), k
+
+
+@case("full")
+def key_written_piece_by_piece(q, k, v):
+    keys = torch.empty_like(k)
+    keys[..., :4].copy_(k[..., 4:])
+    keys[..., 4:].copy_(k[..., :4])
+    return (q @ keys.mT).softmax(-1) @ v
+
+
+@case("full")
+def copy_changed_after_it_was_read(q, k, v):
+    keys = k.contiguous().clone()
+    logits = q @ keys.clone().mT
+    keys.zero_()
+    return logits.softmax(-1) @ v, keys
 
 
 @case(SkipCode.MUTATION)

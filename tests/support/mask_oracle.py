@@ -69,15 +69,24 @@ def inspect(model, *args, dynamic=None, **kwargs):
 
 
 class _Recorder(Interpreter):
-    """Keeps a copy of every value as it was when its node had run."""
+    """Keeps a copy of every value as it was when its node had run.
 
-    def __init__(self, graph_module):
+    The operands of a site are copied when its output is about to run: that is when a rewritten
+    site reads them.
+    """
+
+    def __init__(self, graph_module, operands):
         super().__init__(graph_module, garbage_collect_values=False)
         self.values = {}
+        self.operands = operands
+        self.read = {}
 
     def run_node(self, n):
+        for name in self.operands.get(n.name, ()):
+            (node,) = [node for node in self.env if node.name == name]
+            self.read[n.name, name] = self.env[node].clone()
         value = super().run_node(n)
-        self.values[n] = value.clone() if isinstance(value, Tensor) else value
+        self.values[n.name] = value.clone() if isinstance(value, Tensor) else value
         return value
 
 
@@ -93,23 +102,30 @@ def check_all(inspected):
     ]
     graph_module = inspected.captured.graph_module
     graph_module.graph.lint()
-    recorder = _Recorder(GraphModule(graph_module, graph_module.graph))
-    names = {node.name: node for node in recorder.module.graph.nodes}
+    operands = {
+        site.output.name: [x.node.name for x in (site.query, site.key, site.value)]
+        for site, _ in proved
+    }
+    recorder = _Recorder(GraphModule(graph_module, graph_module.graph), operands)
     with torch.no_grad():
         inputs = [_concrete(x) for x in inspected.captured.inputs]
         recorder.run(*inputs)
 
     def value(item):
-        return recorder.values[names[item.name]] if isinstance(item, Node) else item
+        return recorder.values[item.name] if isinstance(item, Node) else item
 
     for (site, _), visibility in zip(proved, visibilities, strict=True):
-        check_site(site, visibility, value)
+
+        def operand(item, output=site.output.name):
+            return _replay(recorder.read[output, item.node.name], item.steps)
+
+        check_site(site, visibility, value, operand)
     return len(proved)
 
 
-def check_site(site, visibility, value):
+def check_site(site, visibility, value, operand):
     fields = {name: value(item) for name, item in visibility.as_arguments().items()}
-    query, key, val = (_operand(x, value) for x in (site.query, site.key, site.value))
+    query, key, val = (operand(x) for x in (site.query, site.key, site.value))
     b, h, q, _ = query.shape
     k = key.shape[2]
     assert (h, key.shape[1], query.shape[3]) == (site.heads, site.kv_heads, site.head_dim)
@@ -167,10 +183,6 @@ def real_mask(site, value, shape):
             assert bool(((bias == 0) | (bias <= HIDING)).all()), "a bias was taken for a mask"
             visible &= bias == 0
     return visible
-
-
-def _operand(operand, value) -> Tensor:
-    return _replay(value(operand.node), operand.steps)
 
 
 def _replay(tensor, steps) -> Any:
