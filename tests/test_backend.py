@@ -20,12 +20,14 @@ from seer_compile.backend import BackendOptions, SeerBackend
 from seer_compile.config import CalibrationConfig
 from seer_compile.errors import DenseFallbackWarning, RangeError, SeerInputError
 from seer_compile.gate_store import GateStore
-from seer_compile.kernels import counters
 from support.models import ARCHITECTURES, architecture, decoder, inputs_of, main_output, token_ids
 from support.rewriting import answer_sparsely
 from support.state import assert_global_state_unchanged
 
-ROWS = ("llama", "qwen3", "mistral", "gemma3", "gpt2", "bert", "vit", "t5", "whisper")
+ROWS = (
+    *((name, "sdpa") for name in ARCHITECTURES),
+    *((name, "eager") for name in ("llama", "gpt2")),
+)
 DENSE_SITES = {"t5": 4}
 """Sites with a learned bias on the logits, of all sites found."""
 
@@ -76,8 +78,7 @@ def test_entry_point_works_without_importing_the_package():
         with torch.no_grad():
             got = torch.compile(net, backend="seer", options={"inner": "aot_eager"})(x)
             assert torch.allclose(got, net(x), atol=1e-6)
-        from seer_compile.kernels import counters
-        print(counters.snapshot())
+                print(counters.snapshot())
     """)
     assert printed.strip() == "{'<root>': {'dense:mode': 1}}"
 
@@ -261,22 +262,22 @@ def test_inductors_cache_key_holds_the_sources_and_the_configuration(monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", ROWS)
+@pytest.mark.parametrize(("name", "attention"), ROWS)
 @torch.no_grad()
 def test_full_budget_reproduces_the_architecture(name, attention):
     model = architecture(name, attention)
-    exact_model = copy.deepcopy(model).double()
+    # A forward of the optimized model itself would go through its compiled encoder.
+    plain_model, exact_model = copy.deepcopy(model), copy.deepcopy(model).double()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DenseFallbackWarning)
         seer_compile.optimize(model, zero_shot=True, example=inputs_of(name), inner="aot_eager")
         answer_sparsely(model.seer_gates)
         seer_compile.set_budget(model, mass=1.0)
-        for seed, length in enumerate((130, 130) if name == "vit" else (130, 97, 200)):
+        for seed, length in enumerate((130, 130) if name == "vit" else (130, 97)):
             inputs = inputs_of(name, length, seed)
             wide = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
             exact = main_output(exact_model(**wide))
-            eager = main_output(type(model).forward(model, **inputs)).double()
+            eager = main_output(plain_model(**inputs)).double()
             ours = main_output(model(**inputs)).double()
             floor = 4 * torch.finfo(torch.float32).eps * exact.abs().max()
             assert (ours - exact).abs().max() <= 2 * (eager - exact).abs().max() + floor
@@ -348,9 +349,11 @@ def test_encoder_that_generate_calls_by_itself_is_sparse():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_generate_that_compiles_decoding_itself_keeps_prefill_sparse():
+def test_generate_that_compiles_decoding_itself_keeps_prefill_sparse(monkeypatch):
     from transformers import CompileConfig
 
+    # ``generate`` sets this itself, for good, when it compiles.
+    monkeypatch.setenv("TOKENIZERS_PARALLELISM", "0")
     model, tokens = architecture("llama"), token_ids(90, batch=2)
     decode = CompileConfig(backend="aot_eager", mode=None)
     decode._compile_all_devices = True
@@ -367,8 +370,3 @@ def test_generate_that_compiles_decoding_itself_keeps_prefill_sparse():
     got = model.generate(tokens, compile_config=decode, **arguments)
     assert torch.equal(got, expected)
     assert model.seer_report().calls["model.layers.0.self_attn"] == {"sparse": 1}
-
-
-def test_every_architecture_of_the_table_is_tested():
-    assert set(ROWS) == set(ARCHITECTURES)
-    assert counters.snapshot() is not None
