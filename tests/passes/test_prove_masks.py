@@ -62,9 +62,13 @@ def test_random_masks_of_symbolic_size_are_proved_exactly_or_not_at_all():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "dynamic"])
-def test_many_random_masks_are_proved_exactly_or_not_at_all(dynamic):
-    assert run_programs(range(1000, 1500), dynamic) >= 150
+@pytest.mark.parametrize(
+    ("seeds", "dynamic", "least"),
+    [(range(1000, 1400), False, 150), (range(1000, 1040), True, 10)],
+    ids=["static", "dynamic"],
+)
+def test_many_random_masks_are_proved_exactly_or_not_at_all(seeds, dynamic, least):
+    assert run_programs(seeds, dynamic) >= least
 
 
 def test_oracle_notices_a_wrong_proof():
