@@ -7,6 +7,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx import GraphModule, Node
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from seer_compile.passes.constant_tensors import literal_tensors
 from seer_compile.passes.fx_utils import fake_value, is_known, tensor_shape
@@ -38,7 +39,10 @@ class ConstantScalars:
             return float(value)
         fake = fake_value(value)
         if isinstance(fake, (torch.SymInt, torch.SymFloat)):
-            return float(fake)
+            try:
+                return float(fake)
+            except GuardOnDataDependentSymNode:
+                return None
         shape = tensor_shape(value)
         if not isinstance(value, Node) or shape is None:
             return None

@@ -16,11 +16,10 @@ from seer_compile.passes.fx_utils import bound_arguments, fake_value, tensor_sha
 from seer_compile.passes.index_ranges import as_expression
 from seer_compile.passes.interpret_masks import Index, MaskInterpreter, Rule, broadcast_index
 from seer_compile.passes.mask_arithmetic import ARITHMETIC, LOGIC
-from seer_compile.passes.mask_comparisons import COMPARISONS
+from seer_compile.passes.mask_comparisons import COMPARISONS, at_most_zero
 from seer_compile.passes.mask_domain import (
     FALSE,
     TRUE,
-    AtMost,
     Formula,
     Value,
     as_number,
@@ -89,7 +88,7 @@ def _triangle(interpreter: MaskInterpreter, node: Node, index: Index) -> Value |
         return None
     below = index[-1] - index[-2] - diagonal
     is_lower = str(node.target).startswith("aten.tril")
-    inside = AtMost(sympy.expand(below if is_lower else -below))
+    inside = at_most_zero(interpreter, below if is_lower else -below)
     if isinstance(kept, Formula):
         return both(inside, kept)
     zero = 0.0 if fake_value(node).dtype.is_floating_point else ZERO

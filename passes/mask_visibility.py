@@ -62,20 +62,15 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
     if formula == FALSE:
         raise NotProvedError("hides every key")
     atoms = formula.parts if isinstance(formula, AllOf) else frozenset({formula})
-    flags, documents, bounds = [], [], []
     for atom in sorted(atoms, key=str):
-        if isinstance(atom, Unclear):
-            raise NotProvedError(atom.why, atom.code)
-        if isinstance(atom, Flag):
-            flags.append(atom)
-        elif isinstance(atom, Same):
-            documents.append(atom)
-        elif isinstance(atom, AtMost):
-            bounds.append(atom.expression)
-        else:
-            unclear = _unclear_within(atom)
-            why = "a key is visible under one of several conditions"
-            raise NotProvedError(unclear.why, unclear.code) if unclear else NotProvedError(why)
+        _require_atom(atom)
+    flags = [atom for atom in sorted(atoms, key=str) if isinstance(atom, Flag)]
+    documents = [atom for atom in atoms if isinstance(atom, Same)]
+    bounds = [
+        atom.expression
+        for atom in atoms
+        if isinstance(atom, AtMost) and not interpreter.ranges.is_at_most_zero(atom.expression)
+    ]
     if len(documents) > 1:
         raise NotProvedError("two different document numberings")
     for document in documents:
@@ -91,6 +86,15 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
         query_documents=documents[0].left if documents else None,
         key_documents=documents[0].right if documents else None,
     )
+
+
+def _require_atom(formula: Formula) -> None:
+    """Refuse what is not understood, and alternatives."""
+    unclear = _unclear_within(formula)
+    if unclear is not None:
+        raise NotProvedError(unclear.why, unclear.code)
+    if not isinstance(formula, (Flag, Same, AtMost)):
+        raise NotProvedError("a key is visible under one of several conditions")
 
 
 def _unclear_within(formula: Formula) -> Unclear | None:

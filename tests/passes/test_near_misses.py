@@ -321,6 +321,25 @@ def similarity_without_values(q, k, v):
     return (q @ k.mT).softmax(-1).sum(-1), v
 
 
+@case("full")
+def dimensions_viewed_without_a_transposition(q, k, v):
+    q, k, v = (x.transpose(1, 2).reshape(B, T, H * D).view(B, H, T, D) for x in (q, k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@case("causal")
+def tokens_split_into_blocks_and_joined_again(q, k, v):
+    q = q.unflatten(2, (T // 4, 4)).flatten(2, 3)
+    logits = (q @ k.mT).view(B, H, T // 4, 4, T).view(B, H, T, T)
+    return logits.masked_fill(~causal(q, k), NEG).softmax(-1) @ v
+
+
+@case("full")
+def attention_over_blocks_as_one_more_batch_dimension(q, k, v):
+    q, k, v = (x.view(B, H, T // 4, 4, D) for x in (q, k, v))
+    return (q @ k.mT).softmax(-1) @ v
+
+
 # --- in-place changes ------------------------------------------------------------------------
 
 
