@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,8 @@ from torch.fx import GraphModule, Node
 from seer_compile.passes.index_ranges import IndexRanges
 from seer_compile.passes.mask_domain import AtMost, Value, both, choice
 
+# How tracing and export name the tensors that they lift out of the code.
+_LITERAL = re.compile(r"(^|\.)(_tensor_constant|lifted_tensor_)\d+$")
 # A comparison of a larger buffer would take seconds.
 _MOST_ELEMENTS = 1 << 28
 
@@ -24,7 +27,7 @@ def literal_tensors(graph_module: GraphModule) -> dict[Node, Tensor]:
     Parameters and buffers are not among them: they may change between runs.
     """
     owned = {name for name, _ in (*graph_module.named_parameters(), *graph_module.named_buffers())}
-    owned -= {name for name in owned if "tensor_constant" in name or "lifted_tensor" in name}
+    owned -= {name for name in owned if _LITERAL.search(name)}
     found: dict[Node, Tensor] = {}
     for node in graph_module.graph.nodes:
         if node.op == "get_attr" and node.target not in owned:
