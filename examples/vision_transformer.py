@@ -1,6 +1,6 @@
 """An image model: nothing here is about language, causality or tokens in a row.
 
-A ViT over 2,304 patches attends in all directions. Its weights are random, so the example shows
+A ViT over 4,096 patches attends in all directions. Its weights are random, so the example shows
 that the compiler and the gates work, not what sparsity costs a trained model.
 
     python examples/vision_transformer.py
@@ -57,7 +57,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
 
 @torch.no_grad()
 def main(
-    size: int = 384, patch: int = 8, steps: int = 24, density: float = 0.3
+    size: int = 512, patch: int = 8, steps: int = 24, density: float = 0.3
 ) -> dict[str, float]:
     """Optimize, calibrate and compare with dense; return the numbers that it prints."""
     model = build_model(size, patch)
