@@ -17,6 +17,7 @@ from seer_compile.budget_curve import BudgetCurve
 from seer_compile.config import GateConfig
 from seer_compile.errors import HeadConfigError, RangeError, ShapeError
 from seer_compile.gate_scores import block_log_mass, visible_units
+from seer_compile.kernels.gated_attention import budget_at
 from seer_compile.types import BlockSelection, PoolKind, SiteInputs, Visibility
 
 BUDGET_LENGTHS: tuple[int, ...] = tuple(2**power for power in range(7, 21))
@@ -280,10 +281,7 @@ class AttnGate(nn.Module):
 
     def budget_at(self, k_len: int) -> Tensor:
         """Return ``Float64[s]``: the table at a key length, linear in log2(length), clamped."""
-        place = math.log2(max(k_len, 1)) - math.log2(BUDGET_LENGTHS[0])
-        place = min(max(place, 0.0), len(BUDGET_LENGTHS) - 1.0)
-        left = min(int(place), len(BUDGET_LENGTHS) - 2)
-        return torch.lerp(self.budget[:, left], self.budget[:, left + 1], place - left)
+        return budget_at(self.budget, list(BUDGET_LENGTHS), k_len)
 
     def _check(self, inputs: SiteInputs) -> None:
         expected = (self.heads, self.kv_heads, self.head_dim)
