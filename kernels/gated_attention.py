@@ -22,8 +22,9 @@ from seer_compile.kernels import counters
 from seer_compile.kernels.dense import dense_attention, dense_reason
 from seer_compile.types import Visibility
 
-MODE_DENSE, MODE_AUTO, MODE_SPARSE = 0, 1, 2
-"""Values of ``mode``: dense; sparse where that is not slower; sparse whatever the size."""
+MODE_DENSE, MODE_AUTO, MODE_SPARSE, MODE_FULL_BUDGET = 0, 1, 2, 3
+"""Values of ``mode``: dense; sparse where that is not slower; sparse whatever the size; dense,
+because the budget covers every block."""
 
 _SLAB_BYTES = 256 << 20
 """Scores and indices, four bytes each, of one slab of query rows."""
@@ -136,13 +137,17 @@ def path_of(query: Tensor, key: Tensor, value: Tensor, gate: GateArguments) -> s
     """Return why the call is answered densely, None where it is answered sparsely.
 
     Raises:
-        RangeError: ``mode`` is none of the three.
+        RangeError: ``mode`` is none of the four.
     """
     mode = int(gate.mode)
-    if mode not in (MODE_DENSE, MODE_AUTO, MODE_SPARSE):
-        raise RangeError(argument="mode", got=mode, expected="0 dense, 1 auto or 2 sparse")
+    if mode not in (MODE_DENSE, MODE_AUTO, MODE_SPARSE, MODE_FULL_BUDGET):
+        raise RangeError(
+            argument="mode", got=mode, expected="0 dense, 1 auto, 2 sparse or 3 full budget"
+        )
     if mode == MODE_DENSE:
         return "mode"
+    if mode == MODE_FULL_BUDGET:
+        return "full budget"
     if query.numel() == 0 or key.shape[2] == 0:
         return "empty"
     if mode == MODE_SPARSE:

@@ -63,7 +63,8 @@ class AttnGate(nn.Module):
     as ``1 - 1e-9``, which float32 cannot hold.
     """
     mode: Tensor
-    """``Int8[]`` on the CPU: 0 answers densely, 1 sparsely where that is not slower."""
+    """``Int8[]`` on the CPU: how calls are answered; see
+    :data:`seer_compile.kernels.gated_attention.MODE_AUTO`."""
 
     def __init__(
         self,
@@ -116,6 +117,12 @@ class AttnGate(nn.Module):
     def budget_lengths(self) -> tuple[int, ...]:
         """Key lengths, in tokens, of the columns of ``budget``."""
         return BUDGET_LENGTHS
+
+    @property
+    def keeps_every_block(self) -> bool:
+        """Whether the budget covers every visible block at any length; reads the device."""
+        has_full = self.config.selector.name in ("top_p", "fraction") and not self.budget.is_meta
+        return has_full and bool((self.budget >= 1).all())
 
     def extra_repr(self) -> str:
         """Return the sizes that tell gates apart."""

@@ -12,18 +12,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seer_compile.budget_curve import (
-    Allocation,
-    BudgetCurve,
-    allocate,
-    check_fraction,
-    check_reachable,
-)
+from seer_compile.budget_curve import Allocation, BudgetCurve, check_fraction
+from seer_compile.budget_tables import budget_tables
 from seer_compile.config import GateConfig
 from seer_compile.config_json import config_from_json, config_to_json
-from seer_compile.errors import GateMismatchError, ModelStateError, SeerInputError
-from seer_compile.gate import BUDGET_LENGTHS, AttnGate
-from seer_compile.kernels.gated_attention import MODE_AUTO, MODE_DENSE, MODE_SPARSE
+from seer_compile.errors import GateMismatchError, SeerInputError
+from seer_compile.gate import AttnGate
+from seer_compile.kernels.gated_attention import (
+    MODE_AUTO,
+    MODE_DENSE,
+    MODE_FULL_BUDGET,
+    MODE_SPARSE,
+)
 from seer_compile.real_tensors import real_tensors
 
 METADATA_VERSION = 1
@@ -194,35 +194,15 @@ class GateStore(nn.Module):
         ((target, value),) = given.items()
         check_fraction(target, value)
         with self._lock:
-            tables = self._budget_tables(target, float(value), allocation)
+            curves = {name: gate.curve for name, gate in self.items()}
+            tables = budget_tables(curves, self.config, target, float(value), allocation)
             with torch.no_grad():
                 for name, table in tables.items():
                     gate = self._gate(self._names[name])
                     gate.budget.copy_(torch.tensor(table, dtype=torch.float64, device="cpu"))
+                    if int(gate.mode) in (MODE_AUTO, MODE_FULL_BUDGET):
+                        gate.mode.fill_(_auto_mode(gate))
             self.write_metadata()
-
-    def _budget_tables(
-        self, target: str, value: float, allocation: Allocation
-    ) -> dict[str, list[float]]:
-        curves = {name: gate.curve for name, gate in self.items() if gate.curve is not None}
-        if not curves:
-            return {
-                name: [_translate(target, value, self.config, name)] * len(BUDGET_LENGTHS)
-                for name in self._names
-            }
-        # A gate without a curve beside others was never trained and answers densely.
-        tables: dict[str, list[float]] = {name: [] for name in curves}
-        if target == "max_error":
-            check_reachable(curves, value)
-        for length in BUDGET_LENGTHS:
-            shares = (
-                allocate(curves, value, length=length, allocation=allocation)
-                if target == "density"
-                else {}
-            )
-            for name, curve in curves.items():
-                tables[name].append(curve.budget_at(length, target, shares.get(name, value)))
-        return tables
 
     def write_metadata(self) -> None:
         """Rewrite the JSON buffer from the gates; call after changing a curve or a flag."""
@@ -303,7 +283,7 @@ class GateStore(nn.Module):
 
     def _apply_mode(self, gate: AttnGate) -> None:
         may_answer = gate.is_trained or self._untrained_may_answer
-        answers = MODE_SPARSE if self._at_any_size else MODE_AUTO
+        answers = MODE_SPARSE if self._at_any_size else _auto_mode(gate)
         gate.mode.fill_(answers if self._is_sparse and may_answer else MODE_DENSE)
 
     def _gate(self, key: str) -> AttnGate:
@@ -364,6 +344,11 @@ def _form(config: GateConfig) -> tuple[Any, ...]:
     )
 
 
+def _auto_mode(gate: AttnGate) -> int:
+    """Return the mode that is never slower: selecting everything is dense attention at a loss."""
+    return MODE_FULL_BUDGET if gate.keeps_every_block else MODE_AUTO
+
+
 def _shape(gate: AttnGate, config: GateConfig) -> tuple[Any, ...]:
     return (gate.heads, gate.kv_heads, gate.head_dim, *_form(config))
 
@@ -383,15 +368,3 @@ def _key(name: str) -> str:
     key = re.sub(r"\W", "__", name)
     is_plain = key.replace("__", ".") == name and not hasattr(nn.ModuleDict, key) and key
     return key if is_plain else f"{key}_{zlib.crc32(name.encode()):08x}"
-
-
-def _translate(target: str, value: float, config: GateConfig, name: str) -> float:
-    """Return the budget of a gate without a curve, where the target is the selector's own unit."""
-    own_unit = {"top_p": "mass", "fraction": "density"}
-    if own_unit.get(config.selector.name) == target:
-        return value
-    raise ModelStateError(
-        f"the gate of {name!r} has no measured curve, so {target}={value} cannot be translated "
-        f"into a budget of the {config.selector.name!r} selector",
-        hint="Calibrate the model, load calibrated gates, or give the selector's own unit.",
-    )

@@ -26,6 +26,12 @@ from seer_compile.errors import (
 from seer_compile.gate import BUDGET_LENGTHS, AttnGate
 from seer_compile.gate_scores import HIDDEN_LOGIT, visible_units
 from seer_compile.gate_store import GateStore
+from seer_compile.kernels.gated_attention import (
+    MODE_AUTO,
+    MODE_DENSE,
+    MODE_FULL_BUDGET,
+    MODE_SPARSE,
+)
 from seer_compile.types import BlockSize, SiteInputs, Visibility
 from support.inputs import attention_inputs, documents, key_padding, normal
 
@@ -415,6 +421,23 @@ class TestStore:
         store.set_budget(mass=1.0)
         assert torch.equal(gate.budget, torch.ones_like(gate.budget))
         assert gate.budget.data_ptr() == address
+
+    def test_full_budget_is_answered_densely_until_the_budget_falls(self):
+        store = GateStore(SMALL)
+        store.set_mode(True)
+        gate = store.get_or_create("a", heads=2, kv_heads=1, head_dim=8)
+        gate.curve, gate.is_trained = curve(), True
+        store.set_budget(density=1.0)
+        assert int(gate.mode) == MODE_DENSE  # it may not answer yet
+        store.set_mode(True)
+        assert int(gate.mode) == MODE_FULL_BUDGET
+        store.set_budget(density=0.4)
+        assert int(gate.mode) == MODE_AUTO
+        store.set_budget(mass=1.0)
+        assert int(gate.mode) == MODE_FULL_BUDGET
+        store.set_mode(True, at_any_size=True)
+        store.set_budget(mass=1.0)
+        assert int(gate.mode) == MODE_SPARSE  # asked for, to measure
 
     @pytest.mark.parametrize(
         ("targets", "error"),

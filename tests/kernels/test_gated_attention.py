@@ -155,17 +155,18 @@ def test_slabs_of_rows_give_what_the_whole_gives(visibility, selector, monkeypat
     assert 0 < kept < visible
 
 
+@pytest.mark.parametrize(("mode", "reason"), [(0, "mode"), (3, "full budget")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_dense_mode_is_sdpa_to_the_bit(dtype):
+def test_dense_modes_are_sdpa_to_the_bit(dtype, mode, reason):
     inputs = attention_inputs(heads=4, kv_heads=2, q_len=100, dtype=dtype)
-    out, lse = call(inputs, gate_arguments(inputs, mode=0), CAUSAL)
+    out, lse = call(inputs, gate_arguments(inputs, mode=mode), CAUSAL)
     expected = F.scaled_dot_product_attention(
         *inputs[:3], is_causal=True, scale=inputs.scale, enable_gqa=True
     )
     assert_bitwise_equal(out, expected)
     assert (lse == 0).all()
     assert out.stride() == (100 * 4 * 32, 32, 4 * 32, 1)
-    assert counters.snapshot() == {"site": {"dense:mode": 1}}
+    assert counters.snapshot() == {"site": {f"dense:{reason}": 1}}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -199,8 +200,8 @@ def test_automatic_mode_answers_long_calls_sparsely():
 
 def test_unknown_mode_is_refused():
     inputs = attention_inputs()
-    with pytest.raises(RangeError, match="mode=3"):
-        call(inputs, gate_arguments(inputs, mode=3), CAUSAL)
+    with pytest.raises(RangeError, match="mode=4"):
+        call(inputs, gate_arguments(inputs, mode=4), CAUSAL)
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,64 @@
+"""From a target for the whole model to the budget of every gate at every length."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from seer_compile.budget_curve import Allocation, BudgetCurve, allocate, check_reachable
+from seer_compile.config import GateConfig
+from seer_compile.errors import ModelStateError
+from seer_compile.gate import BUDGET_LENGTHS
+
+
+def budget_tables(
+    curves: Mapping[str, BudgetCurve | None],
+    config: GateConfig,
+    target: str,
+    value: float,
+    allocation: Allocation,
+) -> dict[str, list[float]]:
+    """Translate a target into budgets of the selector.
+
+    Args:
+        curves: What budgets were measured to buy, by site; None where nothing was measured.
+        config: The gates' selector.
+        target: ``density``, ``mass`` or ``max_error``.
+        value: Of the target, in (0, 1].
+        allocation: How sites share an average density.
+
+    Returns:
+        For each site whose budget moves, the budget at each of ``BUDGET_LENGTHS``. A site without
+        a curve beside others that have one was never trained, answers densely and is left out.
+
+    Raises:
+        ModelStateError: No gate has a curve, and the target is not the selector's own unit.
+        NotConvergedError: No budget keeps the error within ``max_error``.
+    """
+    known = {name: curve for name, curve in curves.items() if curve is not None}
+    if not known:
+        return {
+            name: [_in_own_unit(target, value, config, name)] * len(BUDGET_LENGTHS)
+            for name in curves
+        }
+    if target == "max_error":
+        check_reachable(known, value)
+    tables: dict[str, list[float]] = {name: [] for name in known}
+    for length in BUDGET_LENGTHS:
+        shares: Mapping[str, float] = {}
+        if target == "density":
+            shares = allocate(known, value, length=length, allocation=allocation)
+        for name, curve in known.items():
+            tables[name].append(curve.budget_at(length, target, shares.get(name, value)))
+    return tables
+
+
+def _in_own_unit(target: str, value: float, config: GateConfig, name: str) -> float:
+    """Return the budget of a gate without a curve, where the target is the selector's own unit."""
+    own_unit = {"top_p": "mass", "fraction": "density"}
+    if own_unit.get(config.selector.name) == target:
+        return value
+    raise ModelStateError(
+        f"the gate of {name!r} has no measured curve, so {target}={value} cannot be translated "
+        f"into a budget of the {config.selector.name!r} selector",
+        hint="Calibrate the model, load calibrated gates, or give the selector's own unit.",
+    )
