@@ -1,0 +1,120 @@
+"""Encoder-decoders of Hugging Face: self attention on both sides, and attention across."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from zoo.architecture import Architecture, Batch, Situation
+from zoo.hugging_face import SPECIAL, builder
+from zoo.text_situations import padding, token_ids, without_cache
+
+_BART = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 4,
+    "decoder_attention_heads": 4,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 512,
+    "decoder_start_token_id": 2,
+}
+_T5 = {
+    "vocab_size": 96,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "decoder_start_token_id": 0,
+    "pad_token_id": 0,
+}
+_WHISPER = {name: value for name, value in _BART.items() if name != "max_position_embeddings"} | {
+    "num_mel_bins": 8,
+    "max_source_positions": 150,
+    "max_target_positions": 512,
+    "decoder_start_token_id": 3,
+    "suppress_tokens": None,
+    "begin_suppress_tokens": None,
+}
+SITES = 6
+"""Two layers: encoder, decoder, across."""
+
+
+def _plain(model: nn.Module, size: int) -> Batch:
+    del model
+    return Batch(
+        inputs={"input_ids": token_ids(size, 2), "decoder_input_ids": token_ids(size, 2, seed=1)}
+    )
+
+
+def _padded(side: str):
+    def make(model: nn.Module, size: int) -> Batch:
+        return Batch(inputs=_plain(model, size).inputs | {"attention_mask": padding(size, side)})
+
+    return make
+
+
+def _padded_on_both_sides(model: nn.Module, size: int) -> Batch:
+    mask = padding(size, "right")
+    return Batch(
+        inputs=_padded("right")(model, size).inputs | {"decoder_attention_mask": mask},
+        rows=mask.bool(),
+    )
+
+
+def _sound(model: nn.Module, size: int) -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    dtype = next(model.parameters()).dtype
+    features = torch.randn(2, 8, 300, generator=generator).to(dtype)
+    return Batch(
+        inputs={"input_features": features, "decoder_input_ids": token_ids(size, 2, seed=1)}
+    )
+
+
+_TOKENS = {"input_ids": (1,), "decoder_input_ids": (1,)}
+_MASKED = _TOKENS | {"attention_mask": (1,)}
+_TEXT = (
+    Situation(name="no mask", wrap=without_cache, make=_plain, dynamic=_TOKENS),
+    Situation(name="left padding", wrap=without_cache, make=_padded("left"), dynamic=_MASKED),
+    Situation(name="right padding", wrap=without_cache, make=_padded("right"), dynamic=_MASKED),
+    Situation(
+        name="padding on both sides",
+        wrap=without_cache,
+        make=_padded_on_both_sides,
+        dynamic=_MASKED | {"decoder_attention_mask": (1,)},
+    ),
+)
+_SPEECH = (
+    Situation(name="no mask", wrap=without_cache, make=_sound, dynamic={"decoder_input_ids": (1,)}),
+)
+_TABLE: dict[str, tuple[str, str, dict[str, Any], tuple[Situation, ...], dict[str, int]]] = {
+    "t5": ("T5ForConditionalGeneration", "T5Config", _T5, _TEXT, {"float bias": 4}),
+    "bart": ("BartForConditionalGeneration", "BartConfig", _BART | SPECIAL, _TEXT, {}),
+    "pegasus": ("PegasusForConditionalGeneration", "PegasusConfig", _BART | SPECIAL, _TEXT, {}),
+    "m2m-100": ("M2M100ForConditionalGeneration", "M2M100Config", _BART | SPECIAL, _TEXT, {}),
+    "whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        _WHISPER | SPECIAL,
+        _SPEECH,
+        {},
+    ),
+}
+"""T5 learns a bias per relative position for self attention; across there is none."""
+
+ARCHITECTURES = tuple(
+    Architecture(
+        name=name,
+        family="encoder-decoder",
+        build=builder(model_class, config_class, arguments),
+        situations=situations,
+        sites=SITES,
+        barred=barred,
+    )
+    for name, (model_class, config_class, arguments, situations, barred) in _TABLE.items()
+)

@@ -1,0 +1,130 @@
+"""How models of text are called: plain, padded, packed, and going on from a cache."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from zoo.architecture import Batch, Door, Situation
+from zoo.wrappers import Continue, Forward, WithStaticCache
+
+VOCABULARY = 96
+CAPACITY = 200
+"""Tokens that a StaticCache holds."""
+PREFIX = 60
+"""Tokens in the cache when a call goes on."""
+ITEMS = (1.0, 0.6)
+"""Share of the tokens that are not padding, per batch item."""
+
+
+def token_ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
+    """Return ``Int64[batch length]`` without special tokens."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(4, VOCABULARY, (batch, length), generator=generator)
+
+
+def padding(length: int, side: str) -> Tensor:
+    """Return ``Int64[b length]``: 1 on tokens, 0 on padding at ``side``."""
+    counts = torch.tensor([round(length * share) for share in ITEMS])[:, None]
+    places = torch.arange(length)[None]
+    real = places >= length - counts if side == "left" else places < counts
+    return real.long()
+
+
+def _plain(model: nn.Module, size: int) -> Batch:
+    del model
+    return Batch(inputs={"input_ids": token_ids(size, 2)})
+
+
+def _padded(side: str):
+    def make(model: nn.Module, size: int) -> Batch:
+        del model
+        mask = padding(size, side)
+        return Batch(
+            inputs={"input_ids": token_ids(size, 2), "attention_mask": mask}, rows=mask.bool()
+        )
+
+    return make
+
+
+def _packed(model: nn.Module, size: int) -> Batch:
+    del model
+    first = size // 3
+    positions = torch.cat([torch.arange(first), torch.arange(size - first)])[None]
+    return Batch(inputs={"input_ids": token_ids(size), "position_ids": positions})
+
+
+def _chunk(model: nn.Module, size: int) -> Batch:
+    with torch.no_grad():
+        past = model(input_ids=token_ids(PREFIX, 2, seed=1), use_cache=True).past_key_values
+    return Batch(
+        inputs={
+            "input_ids": token_ids(size, 2, seed=2),
+            "keys": [layer.keys for layer in past.layers],
+            "values": [layer.values for layer in past.layers],
+        }
+    )
+
+
+def _single(model: nn.Module, size: int) -> Batch:
+    del model
+    return Batch(inputs={"input_ids": token_ids(size)})
+
+
+def without_cache(model: nn.Module, door: Door) -> nn.Module:
+    """Wrap as users call it; an exported program returns tensors, so there without a cache."""
+    return Forward(model, **({"use_cache": False} if door == "export" else {}))
+
+
+def _never_cached(model: nn.Module, door: Door) -> nn.Module:
+    del door
+    return Forward(model, use_cache=False)
+
+
+def _bare(model: nn.Module, door: Door) -> nn.Module:
+    del door
+    return Forward(model)
+
+
+def _continued(model: nn.Module, door: Door) -> nn.Module:
+    del door
+    return Continue(model)
+
+
+def _static_empty(model: nn.Module, door: Door) -> nn.Module:
+    return WithStaticCache(model, CAPACITY, None, exported=door == "export")
+
+
+def _static_filled(model: nn.Module, door: Door) -> nn.Module:
+    prefix = token_ids(PREFIX, seed=1)
+    return WithStaticCache(model, CAPACITY, prefix, exported=door == "export")
+
+
+_TOKENS = {"input_ids": (1,)}
+_MASKED = _TOKENS | {"attention_mask": (1,)}
+
+PLAIN = Situation(name="no mask", wrap=without_cache, make=_plain, dynamic=_TOKENS)
+LEFT = Situation(name="left padding", wrap=without_cache, make=_padded("left"), dynamic=_MASKED)
+RIGHT = Situation(name="right padding", wrap=without_cache, make=_padded("right"), dynamic=_MASKED)
+PACKED = Situation(
+    name="packed", wrap=_never_cached, make=_packed, dynamic=_TOKENS | {"position_ids": (1,)}
+)
+CHUNK = Situation(
+    name="dynamic cache, chunk", wrap=_continued, make=_chunk, dynamic=_TOKENS, sizes=(75, 66)
+)
+STATIC_PREFILL = Situation(
+    name="static cache, prefill", wrap=_static_empty, make=_single, dynamic=_TOKENS
+)
+STATIC_CHUNK = Situation(
+    name="static cache, chunk", wrap=_static_filled, make=_single, dynamic=_TOKENS, sizes=(75, 66)
+)
+STATIC_DECODE = Situation(
+    name="static cache, decode", wrap=_static_filled, make=_single, sizes=(1, 1), decodes=True
+)
+ENCODER_PLAIN = Situation(name="no mask", wrap=_bare, make=_plain, dynamic=_TOKENS)
+ENCODER_LEFT = Situation(name="left padding", wrap=_bare, make=_padded("left"), dynamic=_MASKED)
+ENCODER_RIGHT = Situation(name="right padding", wrap=_bare, make=_padded("right"), dynamic=_MASKED)
+
+CAUSAL = (PLAIN, LEFT, RIGHT, PACKED, CHUNK, STATIC_PREFILL, STATIC_CHUNK, STATIC_DECODE)
+UNCACHED = (PLAIN, LEFT, RIGHT)
+ENCODER = (ENCODER_PLAIN, ENCODER_LEFT, ENCODER_RIGHT)
