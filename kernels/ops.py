@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.errors import DtypeError
-from seer_compile.kernels import attention_contracts, contracts  # noqa: F401  (registers)
+from seer_compile.kernels import autocast, contracts  # noqa: F401  (registers the operators)
 from seer_compile.kernels.arguments import (
     block_tokens,
     joined_pools,
