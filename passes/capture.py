@@ -15,6 +15,7 @@ from torch import nn
 from torch.fx import GraphModule
 from torch.utils import _pytree as pytree
 
+from seer_compile.passes.inline_bodies import inline_bodies
 from seer_compile.passes.normalise import normalise
 
 # A model captured many times must not run into Dynamo's limit and then be seen in no graph.
@@ -51,7 +52,7 @@ def capture_graphs(
     graphs: list[CapturedGraph] = []
 
     def record(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
-        fresh = normalise(graph_module, example_inputs)
+        fresh = normalise(inline_bodies(graph_module), example_inputs)
         graphs.append(CapturedGraph(fresh, tuple(example_inputs)))
         return graph_module.forward
 

@@ -2,7 +2,7 @@
 
     aten.scaled_dot_product_attention        taken as it is
     matmul - softmax - matmul                walked from the softmax (match_decomposed)
-    flex_attention, checkpointed bodies      listed; they stay dense
+    flex_attention, branches, loops          listed; they stay dense
 
 Read-only. A site that cannot be rewritten is still returned, with the obstacle.
 """
@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from seer_compile.passes.attention_axes import Arrangement, arrange
 from seer_compile.passes.constant_scalars import ConstantScalars
-from seer_compile.passes.fx_utils import fake_value, packet_of, tensor_shape
+from seer_compile.passes.fx_utils import fake_value, is_known, packet_of, tensor_shape
 from seer_compile.passes.match_decomposed import SOFTMAXES, match_decomposed
 from seer_compile.passes.match_fused import match_flex, match_fused
 from seer_compile.passes.matches import Match
@@ -70,7 +70,7 @@ def _sites(graph_module: GraphModule, counter: SiteCounter, path: str) -> Iterat
 def _sites_of_bodies(
     graph_module: GraphModule, node: Node, counter: SiteCounter, path: str
 ) -> Iterator[AttentionSite]:
-    """Visit the sub-graphs that a higher-order call runs, such as checkpointed layers."""
+    """Visit the sub-graphs that a higher-order call runs, such as branches."""
     for source in node.all_input_nodes:
         body = getattr(graph_module, str(source.target), None) if source.op == "get_attr" else None
         if isinstance(body, GraphModule):
@@ -153,12 +153,16 @@ def _canonical_letters(match: Match, arrangement: Arrangement) -> list[tuple[tup
         "k": match.book.resolve(match.products.key_tokens),
     }
     whole = [(letters, name) for name, letters in groups.items()]
-    parts = [
-        ((letter,), f"{name}{place}")
-        for name, letters in groups.items()
-        for place, letter in enumerate(letters)
-        if len(letters) > 1
-    ]
+    parts: list[tuple[tuple[str, ...], str]] = []
+    for name, letters in groups.items():
+        if len(letters) < 2:
+            continue
+        # Beside letters of one position, a letter is the whole group.
+        long = [letter for letter in letters if not is_known(match.book.size([letter]) == 1)]
+        parts += [
+            ((letter,), name if long == [letter] else f"{name}{place}")
+            for place, letter in enumerate(letters)
+        ]
     return whole + parts
 
 

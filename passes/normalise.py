@@ -3,7 +3,6 @@
     matmul(q, k)                      aten.matmul.default
     F.multi_head_attention_forward -> aten.linear ... aten.scaled_dot_product_attention
     _transformer_encoder_layer_fwd -> its parts (open_fused_layers)
-    tag_activation_checkpoint(body)   the same call, its body in ATen
 
 Legal because the graph is interpreted, call by call, under the fake mode that Dynamo used: same
 placeholders in the same order, same symbolic sizes, same outputs. The result is a fresh graph
@@ -21,12 +20,11 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule, Node
 from torch.fx import traceback as fx_traceback
-from torch.fx.experimental.proxy_tensor import make_fx
-from torch.utils.checkpoint import noop_context_fn
+from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
+from seer_compile.passes.inline_bodies import REGION
 from seer_compile.passes.open_fused_layers import FusedLayerOpener
 
-_CONTEXT = "_checkpoint_context_fn"
 _KEPT_METADATA = ("grapharg", "tensor_dict", "example_value", "stack_trace")
 
 
@@ -52,7 +50,7 @@ def normalise(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
 
     def run(*args: Any) -> Any:
         with contextlib.ExitStack() as contexts:
-            return FusedLayerOpener(graph_module, contexts).run(*args)
+            return _Tracer(graph_module, contexts).run(*args)
 
     trace = make_fx(
         run,
@@ -61,13 +59,27 @@ def normalise(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
         _allow_non_fake_inputs=True,
         _error_on_data_dependent_ops=True,
     )
-    with _tracing_state(mode), _checkpoint_contexts(graph_module):
+    with _tracing_state(mode):
         normalised = trace(*fakes)
     fresh = [node for node in normalised.graph.nodes if node.op == "placeholder"]
     for new, old in zip(fresh, placeholders, strict=True):
         _copy_metadata(old, new)
-    _forget_contexts(normalised)
     return normalised
+
+
+class _Tracer(FusedLayerOpener):
+    """Runs a graph under tracing; a traced call lies in the regions of the call that made it."""
+
+    def run_node(self, n: Node) -> Any:
+        """Run one node and mark what tracing recorded."""
+        result = super().run_node(n)
+        mode = get_proxy_mode()
+        if mode is not None and REGION in n.meta:
+            for traced in reversed(mode.tracer.graph.nodes):
+                if REGION in traced.meta:
+                    break
+                traced.meta[REGION] = n.meta[REGION]
+        return result
 
 
 def _fake_inputs(
@@ -100,30 +112,6 @@ def _tracing_state(mode: FakeTensorMode) -> Iterator[None]:
         torch._dynamo.config.patch(error_on_nested_fx_trace=False),
     ):
         yield
-
-
-@contextlib.contextmanager
-def _checkpoint_contexts(graph_module: GraphModule) -> Iterator[None]:
-    """Give checkpointed bodies the context that tracing them looks up, where they have none."""
-    bodies = [
-        module
-        for module in graph_module.modules()
-        if isinstance(module, GraphModule) and _CONTEXT not in module.meta
-    ]
-    for body in bodies:
-        body.meta[_CONTEXT] = noop_context_fn
-    try:
-        yield
-    finally:
-        for body in bodies:
-            del body.meta[_CONTEXT]
-
-
-def _forget_contexts(graph_module: GraphModule) -> None:
-    """Drop what :func:`_checkpoint_contexts` left in new bodies: its presence changes policy."""
-    for module in graph_module.modules():
-        if isinstance(module, GraphModule) and module.meta.get(_CONTEXT) is noop_context_fn:
-            del module.meta[_CONTEXT]
 
 
 def _copy_metadata(old: Node, new: Node) -> None:

@@ -1,8 +1,8 @@
 """The order of the passes, and the only place that lints, recompiles, times, dumps and logs.
 
-all       normalise, find_sites, prove_masks, plan
-SPARSE    ... insert_gates, replace_attention, lower, remove_dead, verify
-HANDLER   ... handle_sites, remove_dead, verify
+all       inline_bodies, normalise, find_sites, prove_masks, plan
+SPARSE    ... insert_gates, replace_attention, lower, remove_dead, verify, outline_bodies
+HANDLER   ... handle_sites, remove_dead, verify, outline_bodies
 DISCOVER  ... nothing more
 """
 
@@ -25,9 +25,11 @@ from seer_compile.passes.constant_tensors import module_constants
 from seer_compile.passes.find_sites import find_sites
 from seer_compile.passes.gate_source import GateSource, StoreGates
 from seer_compile.passes.handle_sites import CurrentHandler, handle_sites
+from seer_compile.passes.inline_bodies import inline_bodies
 from seer_compile.passes.insert_gates import insert_gates
 from seer_compile.passes.lower import lower
 from seer_compile.passes.normalise import normalise
+from seer_compile.passes.outline_bodies import outline_bodies
 from seer_compile.passes.pipeline_options import PipelineOptions
 from seer_compile.passes.plan import plan, summarise
 from seer_compile.passes.prove_masks import prove_masks
@@ -145,8 +147,9 @@ def run(
     _check_request(mode, gates, handler)
     source = StoreGates(gates) if isinstance(gates, GateStore) else gates
     current = _Run(graph_module, options or PipelineOptions())
+    current.step("inline_bodies", lambda: inline_bodies(graph_module))
     if example_inputs is not None:
-        current.step("normalise", lambda: normalise(graph_module, example_inputs))
+        current.step("normalise", lambda: normalise(current.graph_module, example_inputs))
     sites = current.step("find_sites", lambda: find_sites(current.graph_module, names))
     constants = module_constants(current.graph_module, example_inputs or (), names.root)
     proofs = current.step(
@@ -220,6 +223,7 @@ def _finish(
             "verify",
             lambda: verify(graph_module, decided, rewritten, before, is_lowered=is_lowered),
         )
+    current.rewrite("outline_bodies", lambda: outline_bodies(graph_module))
 
 
 def _check_request(mode: Mode, gates: Any, handler: Any) -> None:

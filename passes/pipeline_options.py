@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from seer_compile.errors import RangeError, SeerInputError
 
 PASSES = (
+    "inline_bodies",
     "normalise",
     "find_sites",
     "prove_masks",
@@ -17,6 +18,7 @@ PASSES = (
     "handle_sites",
     "remove_dead",
     "verify",
+    "outline_bodies",
 )
 OPTIONAL_PASSES = ("insert_gates", "replace_attention", "lower", "remove_dead", "verify")
 

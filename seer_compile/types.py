@@ -200,7 +200,7 @@ class SkipCode(enum.Enum):
     HEADS = "query heads are not a multiple of key heads"
     FLEX = "flex_attention carries its own block mask"
     SCALE = "scale is not a constant"
-    SUBGRAPH = "inside a sub-graph (activation checkpointing)"
+    SUBGRAPH = "inside a sub-graph (a branch, a loop, a shared body)"
     DTYPE = "dtype is not float16, bfloat16 or float32"
     RANK = "operands are not batch x heads x tokens x dim"
     NO_GATE = "no gate of this name and shape"

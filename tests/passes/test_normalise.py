@@ -8,7 +8,9 @@ from torch.fx import GraphModule
 from torch.utils.checkpoint import checkpoint
 
 from seer_compile.passes.capture import capture_export, capture_graphs
+from seer_compile.passes.inline_bodies import inline_bodies
 from seer_compile.passes.normalise import normalise
+from seer_compile.passes.outline_bodies import outline_bodies
 from support.graphs import B, NanoAttention, SelfAttention, T, draw, encoder_layer, left_padding
 from support.mask_oracle import fused_layers_off
 
@@ -174,7 +176,7 @@ def test_fused_encoder_layer_with_a_mask_of_positions_is_written_out_exactly():
     torch.testing.assert_close(run(fresh, inputs)[0], expected, rtol=1e-5, atol=1e-5)
 
 
-def test_checkpointed_body_is_normalised_and_stays_checkpointed():
+def test_checkpointed_body_is_normalised_in_place_and_checkpointed_again():
     class Checkpointed(nn.Module):
         def __init__(self):
             super().__init__()
@@ -186,8 +188,11 @@ def test_checkpointed_body_is_normalised_and_stays_checkpointed():
     model = Checkpointed().eval()
     x = draw(B, T, 32).requires_grad_()
     raw, inputs, _ = capture_raw(model, x)
-    fresh = normalise(raw, inputs)
+    fresh = normalise(inline_bodies(raw), inputs)
     operator = torch.ops.higher_order.tag_activation_checkpoint
+    assert SDPA in targets(fresh)
+    assert operator not in targets(fresh)
+    outline_bodies(fresh)
     assert operator in targets(fresh)
     bodies = [m for m in fresh.modules() if isinstance(m, GraphModule) and m is not fresh]
     assert [SDPA in targets(body) for body in bodies] == [True]
