@@ -107,6 +107,54 @@ def forward_tiling(
     return Tiling(rows, keys, heads, 8 if is_large else 4, stages)
 
 
+class HopperTiling(NamedTuple):
+    """How one launch of the Hopper engine is cut."""
+
+    consumers: int
+    """Groups of four warps, 64 query rows each, that share key tiles: 1 or 2."""
+    heads: int
+    """Query heads in a tile: 1, or one per consumer."""
+    tiles: int
+    """Key tiles per slot of the ring, and per step of the softmax: 1 or 2."""
+    stages: int
+    """Slots of the ring."""
+    query_in_registers: bool
+    """Whether the first product takes its queries from registers: it spares shared memory half of
+    its reads, and costs ``dim / 4`` registers."""
+    programs: int
+    """Programs per multiprocessor."""
+    registers: int
+    """Registers per thread at entry; the copying warps hand most of theirs to the others."""
+
+
+def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTiling:
+    """Return the tiling of the Hopper engine for a shape. Predicted, not measured yet.
+
+    Two groups of 64 rows that share key tiles halve the traffic from the second-level cache; where
+    neither the query block nor a shared selection allows that, two programs of one group share a
+    multiprocessor, so that the softmax of one runs behind the products of the other.
+
+    Args:
+        layout: How heads map to key heads and selections.
+        query_block: Tokens per query block, a multiple of 64.
+        dim: Head dim: 64, 128 or 256.
+    """
+    in_registers = dim <= 128
+    if query_block % 128 == 0:
+        consumers, heads = 2, 1
+    elif math.gcd(layout.per_key_head, layout.per_selection) % 2 == 0:
+        consumers, heads = 2, 2
+    else:
+        consumers, heads = 1, 1
+    if consumers == 2:
+        tiles, stages = {64: (2, 5), 128: (2, 3), 256: (1, 2)}[dim]
+        return HopperTiling(consumers, heads, tiles, stages, in_registers, 1, 168)
+    stages = {64: 6, 128: 3, 256: 2}[dim]
+    if dim == 256:
+        return HopperTiling(1, 1, 1, stages, in_registers, 1, 168)
+    return HopperTiling(1, 1, 1, stages, in_registers, 2, 128)
+
+
 class BackwardTiling(NamedTuple):
     """How the two kernels are cut into tiles; each divides its block."""
 

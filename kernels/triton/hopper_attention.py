@@ -1,0 +1,307 @@
+"""Block-sparse attention on Hopper, forward: the same operator as ``attention_forward``.
+
+A program stays on its multiprocessor and draws tiles of query rows from a queue. One of its warps
+copies key and value tiles into a ring in shared memory; one or two groups of four warps, 64 query
+rows each, compute from it (``hopper_warps``). Two groups share every key tile: the rows of one
+query block of 128, or of two heads that share a selection and a key head. Masks concern the few
+tiles that ``hopper_plan`` puts aside for it.
+
+Not for every call: :func:`obstacle` says what it does not take.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton.experimental.gluon.language as gl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, plan, tile_rules
+from seer_compile.kernels.triton.hopper_warps import consume, produce
+from seer_compile.kernels.triton.primitives import (
+    LOG2_E,
+    ceil_div,
+    fine_rules,
+    launching_on,
+    make_band,
+)
+from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper_tiling
+
+TILE_ROWS = 64
+"""Query rows of one group of four warps: what one matrix instruction takes."""
+
+_DIMS = (64, 128, 256)
+_DTYPES = (torch.float16, torch.bfloat16)
+_ABSENT_MULTIPROCESSORS = 132
+"""Assumed where a launch is only compiled."""
+
+
+@gluon.jit
+def _make_barriers(count: gl.constexpr, arrivals: gl.constexpr):
+    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
+    for index in gl.static_range(count):
+        mbarrier.init(barriers.index(index), count=arrivals)
+    return barriers
+
+
+@gluon.jit
+def _make_ring(descriptor, slots: gl.constexpr, tiles: gl.constexpr, readers: gl.constexpr):
+    """Return the tiles of a ring, and its barriers: slots filled, slots emptied."""
+    tile: gl.constexpr = descriptor.block_type.shape
+    shape: gl.constexpr = [slots * tiles, tile[0], tile[1], tile[2], tile[3]]
+    smem = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
+    return smem, _make_barriers(slots, 1), _make_barriers(slots, readers)
+
+
+@gluon.jit(
+    do_not_specialize=[
+        "items", "q_len", "k_len", "upper", "lower", "heads", "tiles", "groups", "selections",
+        "num_blocks", "capacity",
+    ]
+)  # fmt: skip
+def _hopper_attention(
+    query_desc,
+    key_desc,
+    value_desc,
+    out_ptr,
+    lse_ptr,
+    out_strides,
+    tiles_ptr,
+    masked_ptr,
+    whole_ptr,
+    queue_ptr,
+    offset_ptr,
+    padding_ptr,
+    query_documents_ptr,
+    key_documents_ptr,
+    items,
+    q_len,
+    k_len,
+    upper,
+    lower,
+    scale,
+    qk_scale,
+    heads,
+    tiles,
+    groups,
+    selections,
+    num_blocks,
+    capacity,
+    PER_KEY_HEAD: gl.constexpr,
+    PER_SELECTION: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_HEADS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+    NEGATE: gl.constexpr,
+    QUERY_IN_REGISTERS: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
+):
+    query_ring = _make_ring(query_desc, 1, CONSUMERS, CONSUMERS)
+    key_ring = _make_ring(key_desc, STAGES, TILES, CONSUMERS)
+    value_ring = _make_ring(value_desc, STAGES, TILES, CONSUMERS)
+    rings = (query_ring, key_ring, value_ring)
+    item_smem = gl.allocate_shared_memory(gl.int32, [1], mbarrier.MBarrierLayout())
+    meeting = _make_barriers(1, CONSUMERS).index(0)
+    # The copy engine must see barriers that are ready.
+    hopper.fence_async_shared()
+    if offset_ptr is not None:
+        shift = gl.load(offset_ptr).to(gl.int32)
+        upper += shift
+        lower += shift
+    descriptors = (query_desc, key_desc, value_desc)
+    plan = (tiles_ptr, masked_ptr, whole_ptr, capacity)
+    work = (tiles, groups, selections, num_blocks)
+    results = (out_ptr, lse_ptr, out_strides)
+    band = (q_len, k_len, upper, lower)
+    # Constants stay constants only where a tuple is written in the call.
+    if CONSUMERS == 1:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    rings, item_smem, meeting, plan, work, items, results, band,
+                    (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
+                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
+                    QUERY_IN_REGISTERS, 0,
+                )),
+                (produce, (
+                    descriptors, rings, item_smem, plan, work, items, queue_ptr, PER_KEY_HEAD,
+                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES,
+                )),
+            ],
+            [1],
+            [24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (consume, (
+                    rings, item_smem, meeting, plan, work, items, results, band,
+                    (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
+                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
+                    QUERY_IN_REGISTERS, 0,
+                )),
+                (consume, (
+                    rings, item_smem, meeting, plan, work, items, results, band,
+                    (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
+                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
+                    QUERY_IN_REGISTERS, 1,
+                )),
+                (produce, (
+                    descriptors, rings, item_smem, plan, work, items, queue_ptr, PER_KEY_HEAD,
+                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES,
+                )),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, 24],
+        )  # fmt: skip
+
+
+def obstacle(
+    query: Tensor, key: Tensor, value: Tensor, query_block: int, key_block: int
+) -> str | None:
+    """Return why this engine does not take a call, or None.
+
+    Args:
+        query: ``Float[b h q d]``.
+        key: ``Float[b g k d]``.
+        value: ``Float[b g k v]``.
+        query_block: Tokens per query block.
+        key_block: Tokens per key block.
+    """
+    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] != 9:
+        return "the device is no Hopper GPU"
+    if query.dtype not in _DTYPES:
+        return f"dtype {query.dtype}"
+    if query.shape[3] not in _DIMS or value.shape[3] != query.shape[3]:
+        return f"head dims {query.shape[3]} and {value.shape[3]}"
+    if query_block % TILE_ROWS or key_block % TILE_KEYS:
+        return f"blocks of {query_block} x {key_block} tokens"
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        reason = _memory_obstacle(tensor)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _memory_obstacle(tensor: Tensor) -> str | None:
+    """Return why the copy engine cannot read a tensor, or None."""
+    if tensor.stride(3) != 1:
+        return "has no contiguous last axis"
+    if tensor.data_ptr() % 16:
+        return "does not begin at a multiple of 16 bytes"
+    for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
+        if size > 1 and (stride == 0 or stride * tensor.element_size() % 16):
+            return f"has a stride of {stride} elements"
+    return None
+
+
+def _describe(tensor: Tensor) -> TensorDescriptor:
+    """Describe ``[b x t d]`` for copies of 64 tokens of one head; tokens past the end read as 0."""
+    dim = tensor.shape[3]
+    # The stride of an axis of one entry means nothing and may be anything.
+    strides = [
+        stride if size > 1 else dim
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
+    ]
+    dtype = gl.bfloat16 if tensor.dtype is torch.bfloat16 else gl.float16
+    block = [1, 1, TILE_ROWS, dim]
+    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _ABSENT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def launch(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float,
+    query_block: int,
+    key_block: int,
+    upper: int | None = None,
+    lower: int | None = None,
+    offset: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+    *,
+    tiling: HopperTiling | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Compute block-sparse attention; arguments and results as ``attention_forward.launch``.
+
+    The call must have no :func:`obstacle`. ``tiling`` overrides the tuning table.
+
+    Cost:
+        Two launches, and a few small ones more for padding or documents; ``Int32`` of the size of
+        ``indices``, per 64 keys of a block.
+    """
+    batch, heads, q_len, dim = query.shape
+    kv_heads, k_len = key.shape[1:3]
+    layout = head_layout(heads, kv_heads, indices.shape[1])
+    out = query.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
+    lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
+    if out.numel() == 0 or k_len == 0:
+        return out.zero_(), lse.fill_(float("-inf"))
+    tiling = tiling or hopper_tiling(layout, query_block, dim)
+    band = make_band(upper, lower, offset)
+    # Maxima are taken before scaling, so the scale is positive.
+    magnitude = max(abs(float(scale)), 1e-30)
+    tiles = ceil_div(q_len, TILE_ROWS * tiling.consumers // tiling.heads)
+    groups = heads // tiling.heads
+    items = tiles * groups * batch
+    programs = min(items, _multiprocessors(query.device) * tiling.programs)
+    rules = tile_rules(key_padding, query_documents, key_documents, query_block)
+    with launching_on(query, "query"):
+        lists = plan(
+            indices, counts, band, rules, (q_len, k_len), (query_block, key_block), tiling.tiles
+        )
+        _hopper_attention[(programs,)](
+            _describe(query),
+            _describe(key),
+            _describe(value),
+            out,
+            lse,
+            out.stride(),
+            lists.tiles,
+            lists.masked,
+            lists.whole,
+            lists.queue,
+            band.offset,
+            *fine_rules(key_padding, query_documents, key_documents),
+            items,
+            q_len,
+            k_len,
+            band.upper,
+            band.lower,
+            magnitude,
+            magnitude * LOG2_E,
+            heads,
+            tiles,
+            groups,
+            *counts.shape[1:],
+            lists.capacity,
+            PER_KEY_HEAD=layout.per_key_head,
+            PER_SELECTION=layout.per_selection,
+            BLOCK_Q=query_block,
+            TILE_HEADS=tiling.heads,
+            CONSUMERS=tiling.consumers,
+            STAGES=tiling.stages,
+            TILES=tiling.tiles,
+            NEGATE=scale < 0,
+            QUERY_IN_REGISTERS=tiling.query_in_registers,
+            CONSUMER_REGISTERS=240,
+            num_warps=4,
+            maxnreg=tiling.registers,
+        )
+    return out, lse

@@ -1,0 +1,234 @@
+"""How a group of four warps takes key tiles into its 64 query rows: with a mask, and without.
+
+``state`` is the accumulator, the running maximum and sum of each row, and which rows read a value
+that is not finite; ``cursor`` the next slot of the rings, the parity of its use, and how often the
+groups have met. A ring is its tiles, the barriers of its filled and those of its emptied slots:
+see ``hopper_warps``.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from seer_compile.kernels.triton.hopper_tiles import (
+    add_values,
+    as_operand,
+    clear_rows,
+    logits,
+    scale_rows,
+    softmax_masked,
+    softmax_whole,
+    spoilt_words,
+    value_words,
+    visibility,
+)
+
+# Triton 3.6 knows it under the second name.
+meet_warps = getattr(gl, "barrier", None) or gl.thread_barrier
+
+
+@gluon.jit
+def next_slot(slot, phase, STAGES: gl.constexpr):
+    """Return the slot after this one and the parity of its next use."""
+    is_last = slot == STAGES - 1
+    return gl.where(is_last, 0, slot + 1), gl.where(is_last, phase ^ 1, phase)
+
+
+@gluon.jit
+def _clean_values(
+    value_smem,
+    index,
+    visible,
+    spoilt_rows,
+    meetings,
+    meeting,
+    CONSUMERS: gl.constexpr,
+):
+    """Set value rows that hold anything not finite to 0; note which queries may read them.
+
+    A hidden probability of 0 times NaN is NaN, so such a row must not meet the product. Two
+    consumers read the same tile, and neither may change it before the other has looked: they meet
+    in between. After that both write the same bytes, and each reads after its own writes.
+    """
+    words_smem = value_words(value_smem, index)
+    found = spoilt_words(words_smem, value_smem.dtype)
+    if gl.reduce_or(gl.reduce_or(found, 0), 0) != 0:
+        is_spoilt = gl.reduce_or(found, 1) != 0
+        if CONSUMERS == 2:
+            mbarrier.arrive(meeting, count=1)
+            mbarrier.wait(meeting, meetings & 1)
+        clear_rows(words_smem, is_spoilt)
+        column_layout: gl.constexpr = gl.SliceLayout(0, visible.type.layout)
+        is_spoilt = gl.convert_layout(is_spoilt, column_layout)
+        reads = gl.where(visible & is_spoilt[None, :], 1, 0)
+        spoilt_rows = gl.maximum(spoilt_rows, gl.max(reads, 1))
+        meetings += 1
+    return spoilt_rows, meetings
+
+
+@gluon.jit
+def attend_masked(
+    query,
+    list_ptr,
+    masked,
+    state,
+    cursor,
+    key_ring,
+    value_ring,
+    meeting,
+    queries,
+    batch,
+    band,
+    rules,
+    qk_scale,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+    NEGATE: gl.constexpr,
+):
+    """Attend to the tiles that need a mask, one after the other."""
+    accumulator, running_max, running_sum, spoilt_rows = state
+    slot, phase, meetings = cursor
+    key_smem, key_full, key_empty = key_ring
+    value_smem, value_full, value_empty = value_ring
+    dtype: gl.constexpr = value_smem.dtype
+    layout: gl.constexpr = accumulator.type.layout
+    for step in range(masked):
+        start = gl.load(list_ptr + step) * 64
+        visible = visibility(queries, start, batch, band, rules)
+        mbarrier.wait(key_full.index(slot), phase)
+        product = logits(query, key_smem, slot * TILES)
+        product = hopper.warpgroup_mma_wait(0, deps=(product,))
+        mbarrier.arrive(key_empty.index(slot), count=1)
+        if NEGATE:
+            product = -product
+        probability, rescale, running_max, running_sum = softmax_masked(
+            product, visible, running_max, running_sum, qk_scale
+        )
+        accumulator = scale_rows(accumulator, rescale)
+        operand = as_operand(probability, dtype, layout)
+        mbarrier.wait(value_full.index(slot), phase)
+        spoilt_rows, meetings = _clean_values(
+            value_smem,
+            slot * TILES,
+            visible,
+            spoilt_rows,
+            meetings,
+            meeting,
+            CONSUMERS,
+        )
+        # What this group wrote is for the matrix unit to read, what it read for a copy to replace.
+        hopper.fence_async_shared()
+        meet_warps()
+        token = add_values(operand, value_smem, slot * TILES, accumulator)
+        accumulator, operand = hopper.warpgroup_mma_wait(0, deps=(token, operand))
+        mbarrier.arrive(value_empty.index(slot), count=1)
+        slot, phase = next_slot(slot, phase, STAGES)
+    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
+
+
+@gluon.jit
+def _begin_logits(query, key_ring, slot, phase, TILES: gl.constexpr):
+    """Wait for the keys of a slot and begin their products; the second repeats where TILES is 1."""
+    key_smem, full, _ = key_ring
+    mbarrier.wait(full.index(slot), phase)
+    first = logits(query, key_smem, slot * TILES)
+    second = first
+    if TILES == 2:
+        second = logits(query, key_smem, slot * TILES + 1)
+    return first, second
+
+
+@gluon.jit
+def _end_logits(
+    tokens, key_ring, slot, PENDING: gl.constexpr, TILES: gl.constexpr, NEGATE: gl.constexpr
+):
+    """Wait until all but the last ``PENDING`` products are done and free the slot of the keys."""
+    first, second = tokens
+    if TILES == 2:
+        first, second = hopper.warpgroup_mma_wait(PENDING, deps=(first, second))
+    else:
+        first = hopper.warpgroup_mma_wait(PENDING, deps=(first,))
+        second = first
+    mbarrier.arrive(key_ring[2].index(slot), count=1)
+    if NEGATE:
+        first, second = -first, -second
+    return first, second
+
+
+@gluon.jit
+def _begin_values(operands, value_ring, slot, phase, accumulator, TILES: gl.constexpr):
+    """Wait for the values of a slot and begin adding their products."""
+    value_smem, full, _ = value_ring
+    mbarrier.wait(full.index(slot), phase)
+    token = add_values(operands[0], value_smem, slot * TILES, accumulator)
+    if TILES == 2:
+        token = add_values(operands[1], value_smem, slot * TILES + 1, token)
+    return token
+
+
+@gluon.jit
+def _end_values(token, operands, value_ring, slot, TILES: gl.constexpr):
+    """Wait for all products and free the slot of the values.
+
+    The operands are named because the products read their registers until then.
+    """
+    first, second = operands
+    if TILES == 2:
+        accumulator, first, second = hopper.warpgroup_mma_wait(0, deps=(token, first, second))
+    else:
+        accumulator, first = hopper.warpgroup_mma_wait(0, deps=(token, first))
+    mbarrier.arrive(value_ring[2].index(slot), count=1)
+    return accumulator
+
+
+@gluon.jit
+def attend_whole(
+    query,
+    whole,
+    state,
+    cursor,
+    key_ring,
+    value_ring,
+    qk_scale,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+    NEGATE: gl.constexpr,
+):
+    """Attend to the tiles that need no mask, the softmax of each behind the values of the last.
+
+    The keys run one slot ahead of the values: ``slot`` and ``phase`` are theirs.
+    """
+    accumulator, running_max, running_sum, spoilt_rows = state
+    slot, phase, meetings = cursor
+    dtype: gl.constexpr = value_ring[0].dtype
+    layout: gl.constexpr = accumulator.type.layout
+    tokens = _begin_logits(query, key_ring, slot, phase, TILES)
+    first, second = _end_logits(tokens, key_ring, slot, 0, TILES, NEGATE)
+    value_slot, value_phase = slot, phase
+    slot, phase = next_slot(slot, phase, STAGES)
+    first, second, rescale, running_max, running_sum = softmax_whole(
+        first, second, running_max, running_sum, qk_scale, TILES
+    )
+    accumulator = scale_rows(accumulator, rescale)
+    operands = as_operand(first, dtype, layout), as_operand(second, dtype, layout)
+    for _ in range(TILES, whole, TILES):
+        tokens = _begin_logits(query, key_ring, slot, phase, TILES)
+        added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, TILES)
+        # The products with values, as many as TILES, may still run.
+        first, second = _end_logits(tokens, key_ring, slot, TILES, TILES, NEGATE)
+        first, second, rescale, running_max, running_sum = softmax_whole(
+            first, second, running_max, running_sum, qk_scale, TILES
+        )
+        following = as_operand(first, dtype, layout), as_operand(second, dtype, layout)
+        accumulator = _end_values(added, operands, value_ring, value_slot, TILES)
+        accumulator = scale_rows(accumulator, rescale)
+        operands = following
+        value_slot, value_phase = slot, phase
+        slot, phase = next_slot(slot, phase, STAGES)
+    added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, TILES)
+    accumulator = _end_values(added, operands, value_ring, value_slot, TILES)
+    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)

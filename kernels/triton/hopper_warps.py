@@ -1,0 +1,276 @@
+"""What the warps of a Hopper program do: one copies, one or two groups of four compute.
+
+A program takes *items*: a tile of query rows, 64 for each consumer, that share one list of key
+tiles. The producer copies the queries of an item, then the key and value tiles of its list one
+slot of a ring after another; a slot holds one masked tile, or ``TILES`` whole ones.
+
+Barriers, and why no wait is for ever. A barrier counts phases from 0; waiting for parity ``x``
+returns once a phase of that parity has ended, and the phase before phase 0 has parity 1.
+
+``full``   one arrival, the producer's announcement of bytes, and these bytes. Use n of a slot is
+           phase n; a consumer waits for parity n % 2.
+``empty``  one arrival per consumer, after it has read the slot for the n-th time: phase n. Before
+           use n the producer waits for the end of phase n - 1, parity (n + 1) % 2, which for use
+           0 is the phase before 0.
+``meeting`` one arrival per consumer when a value tile holds something not finite: see
+           ``hopper_steps``. Both see the same tile, so both come or none does.
+
+All consumers take the same items and steps, in the order in which the producer fills slots; a
+producer waits only for slots whose earlier contents it has already sent, and a consumer only for
+contents whose slot it has already freed. So some warp can always go on until the last item, whose
+number, beyond the end, the producer hands over without a copy.
+
+Source:
+    Shah et al., "FlashAttention-3", arXiv:2407.08608: a warp that copies, the softmax of one tile
+    behind the products of another.
+"""
+
+from __future__ import annotations
+
+import triton.experimental.gluon.language as gl
+from triton.experimental import gluon
+from triton.experimental.gluon.language.nvidia import hopper
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
+
+from seer_compile.kernels.triton.hopper_steps import attend_masked, attend_whole, next_slot
+from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows
+
+# Triton 3.6 knows it under the second name.
+copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+
+
+@gluon.jit
+def _decode(
+    item,
+    work,
+    PER_SELECTION: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_Q: gl.constexpr,
+    TILE_HEADS: gl.constexpr,
+):
+    """Return batch, first head, first query and list of an item.
+
+    The last tile of a head comes first, which has most to do under a causal band; heads follow
+    one another, so that the programs of one moment read the same keys.
+    """
+    tiles, groups, selections, num_blocks = work
+    first_query = (tiles - 1 - item % tiles) * TILE_Q
+    head = item // tiles % groups * TILE_HEADS
+    batch = item // tiles // groups
+    row = (batch * selections + head // PER_SELECTION) * num_blocks + first_query // BLOCK_Q
+    return batch, head, first_query, row
+
+
+@gluon.jit
+def produce(
+    descriptors,
+    rings,
+    item_smem,
+    plan,
+    work,
+    items,
+    queue_ptr,
+    PER_KEY_HEAD: gl.constexpr,
+    PER_SELECTION: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_HEADS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+):
+    """Copy what the consumers read; draw items until there are none."""
+    query_desc, key_desc, value_desc = descriptors
+    query_ring, key_ring, value_ring = rings
+    query_smem, query_full, query_empty = query_ring
+    key_smem, key_full, key_empty = key_ring
+    value_smem, value_full, value_empty = value_ring
+    tiles_ptr, masked_ptr, whole_ptr, capacity = plan
+    TILE_Q: gl.constexpr = 64 * CONSUMERS // TILE_HEADS
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    item = gl.program_id(0)
+    turn = 0
+    slot = 0
+    phase = 0
+    while item < items:
+        batch, head, first_query, row = _decode(
+            item, work, PER_SELECTION, BLOCK_Q, TILE_Q, TILE_HEADS
+        )
+        masked = gl.load(masked_ptr + row)
+        whole = gl.load(whole_ptr + row)
+        mbarrier.wait(query_empty.index(0), (turn & 1) ^ 1)
+        item_smem.store(gl.full([1], item, gl.int32, one))
+        mbarrier.expect(query_full.index(0), CONSUMERS * query_desc.block_type.nbytes)
+        for consumer in gl.static_range(CONSUMERS):
+            rows = [
+                batch,
+                head + consumer * (TILE_HEADS - 1),
+                first_query + 64 * consumer * (2 - TILE_HEADS),
+                0,
+            ]
+            copy_tile(query_desc, rows, query_full.index(0), query_smem.index(consumer))
+        key_head = head // PER_KEY_HEAD
+        list_ptr = tiles_ptr + row.to(gl.int64) * capacity
+        for step in range(masked):
+            start = gl.load(list_ptr + step) * 64
+            mbarrier.wait(key_empty.index(slot), phase ^ 1)
+            mbarrier.expect(key_full.index(slot), key_desc.block_type.nbytes)
+            keys = [batch, key_head, start, 0]
+            copy_tile(key_desc, keys, key_full.index(slot), key_smem.index(slot * TILES))
+            mbarrier.wait(value_empty.index(slot), phase ^ 1)
+            mbarrier.expect(value_full.index(slot), value_desc.block_type.nbytes)
+            copy_tile(value_desc, keys, value_full.index(slot), value_smem.index(slot * TILES))
+            slot, phase = next_slot(slot, phase, STAGES)
+        list_ptr += capacity - whole
+        # Numbers of tiles are read one step ahead of the wait for their slot, which hides the
+        # read. The last read repeats the one before it.
+        last = whole - 1
+        first_tile = gl.load(list_ptr, mask=whole > 0, other=0)
+        second_tile = gl.load(list_ptr + gl.minimum(1, last), mask=whole > 0, other=0)
+        for step in range(0, whole, TILES):
+            first = [batch, key_head, first_tile * 64, 0]
+            second = [batch, key_head, second_tile * 64, 0]
+            first_tile = gl.load(list_ptr + gl.minimum(step + TILES, last))
+            second_tile = gl.load(list_ptr + gl.minimum(step + TILES + 1, last))
+            mbarrier.wait(key_empty.index(slot), phase ^ 1)
+            full = key_full.index(slot)
+            mbarrier.expect(full, TILES * key_desc.block_type.nbytes)
+            copy_tile(key_desc, first, full, key_smem.index(slot * TILES))
+            if TILES == 2:
+                copy_tile(key_desc, second, full, key_smem.index(slot * TILES + 1))
+            mbarrier.wait(value_empty.index(slot), phase ^ 1)
+            full = value_full.index(slot)
+            mbarrier.expect(full, TILES * value_desc.block_type.nbytes)
+            copy_tile(value_desc, first, full, value_smem.index(slot * TILES))
+            if TILES == 2:
+                copy_tile(value_desc, second, full, value_smem.index(slot * TILES + 1))
+            slot, phase = next_slot(slot, phase, STAGES)
+        turn += 1
+        item = gl.num_programs(0) + gl.atomic_add(queue_ptr, 1, sem="relaxed")
+    mbarrier.wait(query_empty.index(0), (turn & 1) ^ 1)
+    item_smem.store(gl.full([1], items, gl.int32, one))
+    mbarrier.arrive(query_full.index(0), count=1)
+
+
+@gluon.jit
+def _store(state, pointers, row_stride, queries, q_len, scale, dtype: gl.constexpr):
+    """Divide by the sum and write; a row that read nothing is 0 and -inf."""
+    accumulator, running_max, running_sum, spoilt_rows = state
+    lse_ptr, out_ptr = pointers
+    is_empty = running_sum == 0.0
+    divisor = gl.where(is_empty, 1.0, running_sum)
+    lse = gl.where(is_empty, float("-inf"), running_max * scale + gl.log(divisor))
+    gl.store(lse_ptr + queries, lse, mask=queries < q_len)
+    factor = gl.where(spoilt_rows != 0, float("nan"), 1.0 / divisor)
+    accumulator = scale_rows(accumulator, factor)
+    layout: gl.constexpr = accumulator.type.layout
+    rows = gl.convert_layout(queries, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, accumulator.shape[1], gl.SliceLayout(0, layout))
+    out_rows = out_ptr + rows.to(gl.int64) * row_stride
+    gl.store(
+        out_rows[:, None] + columns[None, :], accumulator.to(dtype), mask=(rows < q_len)[:, None]
+    )
+
+
+@gluon.jit
+def consume(
+    rings,
+    item_smem,
+    meeting,
+    plan,
+    work,
+    items,
+    results,
+    band,
+    rules,
+    scale,
+    qk_scale,
+    heads,
+    PER_SELECTION: gl.constexpr,
+    BLOCK_Q: gl.constexpr,
+    TILE_HEADS: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+    NEGATE: gl.constexpr,
+    QUERY_IN_REGISTERS: gl.constexpr,
+    CONSUMER: gl.constexpr,
+):
+    """Attend for 64 query rows of every item."""
+    query_ring, key_ring, value_ring = rings
+    query_smem, query_full, query_empty = query_ring
+    tiles_ptr, masked_ptr, whole_ptr, capacity = plan
+    out_ptr, lse_ptr, out_strides = results
+    q_len = band[0]
+    TILE_Q: gl.constexpr = 64 * CONSUMERS // TILE_HEADS
+    dtype: gl.constexpr = query_smem.dtype
+    value_dim: gl.constexpr = value_ring[0].shape[4]
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, value_dim, 16])
+    row_layout: gl.constexpr = gl.SliceLayout(1, layout)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    turn = 0
+    cursor = (0, 0, 0)
+    mbarrier.wait(query_full.index(0), 0)
+    item = gl.max(item_smem.load(one), 0)
+    while item < items:
+        batch, head, first_query, row = _decode(
+            item, work, PER_SELECTION, BLOCK_Q, TILE_Q, TILE_HEADS
+        )
+        masked = gl.load(masked_ptr + row)
+        whole = gl.load(whole_ptr + row)
+        head += CONSUMER * (TILE_HEADS - 1)
+        first_query += 64 * CONSUMER * (2 - TILE_HEADS)
+        queries = first_query + gl.arange(0, 64, row_layout)
+        state = (
+            gl.zeros([64, value_dim], gl.float32, out_layout),
+            gl.full([64], float("-inf"), gl.float32, row_layout),
+            gl.zeros([64], gl.float32, row_layout),
+            gl.zeros([64], gl.int32, row_layout),
+        )
+        query = flat(query_smem.index(CONSUMER))
+        if QUERY_IN_REGISTERS:
+            query = query.load(gl.DotOperandLayout(0, layout, 2))
+            # The next copy into this tile comes after these reads.
+            hopper.fence_async_shared()
+            mbarrier.arrive(query_empty.index(0), count=1)
+        state, cursor = attend_masked(
+            query,
+            tiles_ptr + row.to(gl.int64) * capacity,
+            masked,
+            state,
+            cursor,
+            key_ring,
+            value_ring,
+            meeting,
+            queries,
+            batch,
+            band,
+            rules,
+            qk_scale,
+            CONSUMERS,
+            STAGES,
+            TILES,
+            NEGATE,
+        )
+        if whole > 0:
+            state, cursor = attend_whole(
+                query,
+                whole,
+                state,
+                cursor,
+                key_ring,
+                value_ring,
+                qk_scale,
+                STAGES,
+                TILES,
+                NEGATE,
+            )
+        if not QUERY_IN_REGISTERS:
+            mbarrier.arrive(query_empty.index(0), count=1)
+        head_row = (batch * heads + head).to(gl.int64)
+        out_base = batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
+        pointers = (lse_ptr + head_row * q_len, out_ptr + out_base)
+        _store(state, pointers, out_strides[2], queries, q_len, scale, dtype)
+        turn += 1
+        mbarrier.wait(query_full.index(0), turn & 1)
+        item = gl.max(item_smem.load(one), 0)
