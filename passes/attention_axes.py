@@ -54,10 +54,19 @@ class _Candidate:
     factor: float
 
 
-def arrange(products: Products, book: AxisBook) -> Arrangement | None:
-    """Return the operands and the output in canonical axes; None where no partition fits."""
+def arrange(products: Products, book: AxisBook, masked: Letters = ()) -> Arrangement | None:
+    """Return the operands and the output in canonical axes; None where no partition fits.
+
+    Args:
+        products: The two products.
+        book: Their letters.
+        masked: Letters along which a mask differs; a mask is more likely one of batch items.
+    """
     flat = book.resolve([letter for dimension in products.batch for letter in dimension])
-    for batch_count in _partitions(products, book, len(flat)):
+    # A mask of merged batch and heads says nothing about either.
+    per_head = set(book.resolve(masked)) if len(products.batch) > 1 else set[str]()
+    counts = _partitions(products, book, len(flat))
+    for batch_count in sorted(counts, key=lambda count: bool(per_head & set(flat[count:]))):
         # Only a fixed number of heads may be unmerged from the batch.
         is_cut = len(products.batch) == 1 and batch_count < len(flat)
         if is_cut and not isinstance(book.size(flat[batch_count:]), int):
@@ -75,9 +84,10 @@ def _partitions(products: Products, book: AxisBook, count: int) -> list[int]:
         return [*range(1, count), count]
     repeated = {letter for state in products.key for letter in book.resolve(list(state.repeated))}
     last = set(book.resolve(products.batch[-1]))
-    # Five dimensions are batch x groups x repeats where keys repeat over the whole last one.
+    # Five dimensions are batch x groups x repeats where keys repeat over the whole last one,
+    # unless their number changes: then the dimension before is one more batch.
     is_grouped = len(lengths) > 2 and last <= repeated
-    return [sum(lengths[: -2 if is_grouped else -1])]
+    return [sum(lengths[:-2]), sum(lengths[:-1])] if is_grouped else [sum(lengths[:-1])]
 
 
 def _arrange(

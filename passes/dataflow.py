@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import torch
 from torch.fx import Node
 
 from seer_compile.passes.contractions import is_batched
-from seer_compile.passes.fx_utils import packet_of
+from seer_compile.passes.fx_utils import bound_arguments, fake_value, packet_of
 
 aten = torch.ops.aten
 COPIES = (
@@ -42,6 +43,16 @@ def only_observes(user: Node, node: Node) -> bool:
     return packet in _OBSERVERS or is_type
 
 
+def keeps_numbers(node: Node) -> bool:
+    """Whether a copy or view of a tensor holds the same numbers, up to the rounding of a float.
+
+    Integers cut numbers off, and a view in another dtype reads the same bits as other numbers.
+    """
+    before, after = fake_value(node.args[0]).dtype, fake_value(node).dtype
+    is_float = before.is_floating_point and after.is_floating_point
+    return before == after or (is_float and packet_of(node) in COPIES)
+
+
 def leads_to_product(value: Any) -> bool:
     """Whether a product of two batched tensors lies a few calls behind a value."""
     if not isinstance(value, Node):
@@ -57,3 +68,19 @@ def leads_to_product(value: Any) -> bool:
         if packet_of(node) not in _FRESH_VALUES:
             pending += [(source, depth + 1) for source in node.all_input_nodes]
     return False
+
+
+def row_maximum(subtrahend: Any, logits: Any) -> set[Node] | None:
+    """Return the nodes of ``logits.max(-1, keepdim=True)``, which a softmax does not feel."""
+    chain: set[Node] = set()
+    node = subtrahend
+    while isinstance(node, Node):
+        chain.add(node)
+        if packet_of(node) in (aten.amax, aten.max):
+            arguments = bound_arguments(node)
+            axes = arguments.get("dim")
+            is_row = axes in (-1, [-1]) and arguments.get("keepdim") and node.args[0] is logits
+            return chain if is_row else None
+        is_first = node.target is operator.getitem and node.args[1] == 0
+        node = node.args[0] if packet_of(node) in (aten.detach, *COPIES) or is_first else None
+    return None

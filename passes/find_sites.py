@@ -10,7 +10,7 @@ Read-only. A site that cannot be rewritten is still returned, with the obstacle.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
 from seer_compile.passes.site_names import SiteCounter, SiteNames
 from seer_compile.passes.stable_operands import stable_products
-from seer_compile.types import AttentionSite, LayoutStep, Operand, SkipCode
+from seer_compile.types import AttentionSite, LayoutStep, MaskTerm, Operand, SkipCode
 
 aten = torch.ops.aten
 
@@ -81,7 +81,9 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
     products = match.products
     if products is not None:
         products = match.products = stable_products(match, products, mutations)
-    arrangement = arrange(products, match.book) if products is not None else None
+    arrangement = None
+    if products is not None:
+        arrangement = arrange(products, match.book, _masked_letters(match.mask_terms))
     if match.dropout:
         match.refuse(SkipCode.DROPOUT, f"p={match.dropout:g}")
     if path:
@@ -120,6 +122,17 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
         reader=match.reader,
         graph_path=path,
     )
+
+
+def _masked_letters(terms: Sequence[MaskTerm]) -> tuple[str, ...]:
+    """Return the letters along which masks differ."""
+    found: list[str] = []
+    for term in terms:
+        shape = tensor_shape(term.node) or ()
+        axes = term.axes[max(len(term.axes) - len(shape), 0) :]
+        for letters, size in zip(axes, shape, strict=False):
+            found += () if is_known(size == 1) else letters
+    return tuple(found)
 
 
 def _in_dtype(operand: Operand, product: Node, output: Node) -> Operand:

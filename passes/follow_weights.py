@@ -16,7 +16,7 @@ from torch.fx import Node
 from seer_compile.passes.attention_axes import Products
 from seer_compile.passes.axes import AxisBook, Layout, Letters, permuted, shape_of
 from seer_compile.passes.contractions import CONTRACTIONS, Contraction, as_contraction
-from seer_compile.passes.dataflow import COPIES, VIEWS, only_observes
+from seer_compile.passes.dataflow import COPIES, VIEWS, keeps_numbers, only_observes
 from seer_compile.passes.fx_utils import bound_arguments, packet_of, tensor_shape
 from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
@@ -33,10 +33,15 @@ _CHANGES = (
     aten.mul,
     aten.mul_,
     aten.div,
+    aten.div_,
     aten.masked_fill,
     aten.masked_fill_,
     aten.where,
     aten.add,
+    aten.add_,
+    aten.sub,
+    aten.sub_,
+    aten.rsub,
 )
 _LONGEST = 12
 
@@ -115,9 +120,11 @@ def _pass_weights(match: Match, node: Node, source: Node, layout: Layout) -> Lay
     packet = packet_of(node)
     if packet in _DROPOUTS:
         arguments = bound_arguments(node)
-        match.dropout = float(arguments["p"]) if arguments["train"] else match.dropout
+        if arguments["train"]:
+            match.dropout = max(match.dropout, float(arguments["p"]))
         return layout
-    if packet in _CHANGES:
+    fills_rows = packet in _HARMLESS and bound_arguments(node)["nan"] not in (None, 0)
+    if packet in _CHANGES or fills_rows or not keeps_numbers(node):
         match.refuse(SkipCode.AMBIGUOUS, f"`{node.name}` changes the weights")
         return layout
     if packet is aten.slice:

@@ -19,7 +19,7 @@ from seer_compile.passes.contractions import Contraction, as_contraction
 from seer_compile.passes.dataflow import leads_to_product, only_observes
 from seer_compile.passes.follow_weights import moved, products_of, routes_to_product
 from seer_compile.passes.fx_utils import bound_arguments, tensor_shape
-from seer_compile.passes.matches import HIDING, Match
+from seer_compile.passes.matches import HIDING, MOST_SHIFTED, Match
 from seer_compile.passes.mutation import Mutations
 from seer_compile.passes.trace_logits import Effect, LogitChain, Number, trace_logits
 from seer_compile.types import MaskTerm, SkipCode
@@ -84,6 +84,8 @@ def _follow_effects(match: Match, chain: LogitChain, product: Contraction) -> La
         match.refuse(SkipCode.RANK, "a view of the logits mixes axes")
     if match.floor > HIDING:
         match.refuse(SkipCode.AMBIGUOUS, f"logits are at least {match.floor:g}")
+    if match.shift > MOST_SHIFTED:
+        match.refuse(SkipCode.AMBIGUOUS, f"logits are shifted by {match.shift:g}")
     if match.softcap is not None:
         match.refuse(SkipCode.SOFTCAP, f"logits are bounded by {match.softcap:g}")
     return layout
@@ -92,6 +94,8 @@ def _follow_effects(match: Match, chain: LogitChain, product: Contraction) -> La
 def _apply(match: Match, effect: Effect, layout: Layout) -> None:
     if effect.kind == "scale":
         _multiply(match, effect.number)
+    elif effect.kind == "shift":
+        match.shift += abs(effect.number)
     elif effect.kind == "tanh":
         match.softcap = 1.0
     elif effect.kind == "floor":
@@ -105,6 +109,7 @@ def _multiply(match: Match, factor: float) -> None:
     """Multiply everything on the logits so far."""
     if match.floor > -math.inf:
         match.floor = match.floor * factor if factor > 0 else math.inf
+    match.shift *= abs(factor)
     match.mask_terms = [term._replace(factor=term.factor * factor) for term in match.mask_terms]
     if match.softcap is not None:
         match.softcap *= factor

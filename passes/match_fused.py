@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from torch import SymInt
 from torch.fx import Node
 
 from seer_compile.passes.attention_axes import Products
@@ -71,6 +72,9 @@ def _products(match: Match, operands: tuple[Node, Node, Node], is_grouped: bool)
     for letter, size in zip((*batch, ("q",), ("d",)), shape_of(query), strict=True):
         book.sizes[letter[0]] = size
     if is_grouped:
+        if rank == 3 and any(_is_product(shape_of(operand)[0]) for operand in operands):
+            match.refuse(SkipCode.HEADS, "groups of heads merged with a symbolic batch")
+            return None
         # Groups are counted: symbolic head counts become constants, and guards.
         book.sizes[batch[-1][0]] = int(book.sizes[batch[-1][0]])
     book.sizes["k"], book.sizes["v"] = shape_of(key)[-2], shape_of(value)[-1]
@@ -93,6 +97,11 @@ def _products(match: Match, operands: tuple[Node, Node, Node], is_grouped: bool)
         value_dim=("v",),
         output=(*batch, ("q",), ("v",)),
     )
+
+
+def _is_product(size: Any) -> bool:
+    """Whether a symbolic size is made of others, such as batch * heads; it must stay free."""
+    return isinstance(size, SymInt) and not size.node.expr.is_Atom
 
 
 def _key_layout(

@@ -15,6 +15,8 @@ from seer_compile.types import MaskTerm, SkipCode, SkipReason
 # A number added to or put in place of a logit hides its key from here down: half-precision masks
 # use -1e4, others finfo.min or -inf.
 HIDING = -1e4
+# By so much all logits may move together, with those numbers still far below every other.
+MOST_SHIFTED = 1e3
 
 
 @dataclass(slots=True)
@@ -35,6 +37,8 @@ class Match:
     scale: float | None = 1.0
     """None for one over the square root of the head dim."""
     softcap: float | None = None
+    shift: float = 0.0
+    """The largest constant, by amount, that all logits carry on their way to the softmax."""
     floor: float = -math.inf
     """No logit is lower, those of hidden keys included."""
     dropout: float = 0.0

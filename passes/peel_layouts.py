@@ -21,7 +21,6 @@ from seer_compile.passes.fx_utils import (
     fake_value,
     is_known,
     packet_of,
-    tensor_shape,
 )
 
 aten = torch.ops.aten
@@ -62,30 +61,34 @@ def peel(node: Node, layout: Layout, repeated: frozenset[str], book: AxisBook) -
 def _step(state: Peeled, book: AxisBook) -> Peeled | None:
     node, packet = state.node, packet_of(state.node)
     source = node.args[0] if packet is not None and node.args else None
-    if not isinstance(source, Node) or tensor_shape(source) is None:
+    if not isinstance(source, Node) or not _keeps_elements(source, node):
         return None
     if packet in _COPIES:
-        before, after = fake_value(source), fake_value(node)
-        is_same = before.dtype == after.dtype and before.device == after.device
-        return replace(state, node=source) if is_same else None
+        return replace(state, node=source)
     if packet in (aten.mul, aten.div):
         return _unscale(state, source)
     if packet in _VIEWS:
         layout = book.regroup(state.layout, shape_of(source))
-        return None if layout is None else replace(state, node=source, layout=layout)
-    if permutation_of(node, len(state.layout)) is not None:
+    elif permutation_of(node, len(state.layout)) is not None:
         layout = unpermuted(node, state.layout)
-        return None if layout is None else replace(state, node=source, layout=layout)
-    return _unrepeat(state, source, packet, book)
+    else:
+        return _unrepeat(state, source, packet, book)
+    return None if layout is None else replace(state, node=source, layout=layout)
+
+
+def _keeps_elements(source: Node, node: Node) -> bool:
+    """Whether both have one dtype: conversions round, and views may read bits as other numbers."""
+    before, after = fake_value(source), fake_value(node)
+    is_tensor = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
+    return is_tensor and before.dtype == after.dtype and before.device == after.device
 
 
 def _unscale(state: Peeled, source: Node) -> Peeled | None:
     """Step back over a multiplication by a number."""
     number: Any = state.node.args[1]
     is_number = isinstance(number, (int, float)) and not isinstance(number, bool) and number != 0
-    before, after = fake_value(source), fake_value(state.node)
     rounds = bound_arguments(state.node).get("rounding_mode") is not None
-    if not is_number or rounds or before.dtype != after.dtype:
+    if not is_number or rounds:
         return None
     factor = float(number) if packet_of(state.node) is aten.mul else 1 / float(number)
     return replace(state, node=source, factor=state.factor * factor)

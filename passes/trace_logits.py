@@ -8,7 +8,6 @@ know; a site whose logits do more than this table says is reported, never rewrit
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
@@ -18,14 +17,20 @@ from torch.fx import Node
 
 from seer_compile.passes.axes import permutation_of
 from seer_compile.passes.contractions import CONTRACTIONS
-from seer_compile.passes.dataflow import COPIES, VIEWS, leads_to_product
-from seer_compile.passes.fx_utils import bound_arguments, is_known, packet_of, tensor_shape
+from seer_compile.passes.dataflow import COPIES, VIEWS, keeps_numbers, leads_to_product, row_maximum
+from seer_compile.passes.fx_utils import (
+    bound_arguments,
+    fake_value,
+    is_known,
+    packet_of,
+    tensor_shape,
+)
 from seer_compile.types import SkipCode, SkipReason
 
 aten = torch.ops.aten
 _LONGEST = 40
 Number = Callable[[Any], float | None]
-EffectKind = Literal["layout", "scale", "tanh", "floor", "add", "masked_fill", "where"]
+EffectKind = Literal["layout", "scale", "shift", "tanh", "floor", "add", "masked_fill", "where"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +40,7 @@ class Effect:
     kind: EffectKind
     node: Node
     number: float = 1.0
-    """Factor of ``scale``, bound of ``floor``, weight of the operand of ``add``."""
+    """Factor of ``scale``, summand of ``shift``, bound of ``floor``, weight of ``add``."""
     operand: Node | None = None
     fill: Any = None
 
@@ -119,9 +124,13 @@ class _Walk:
         self.effects.append(Effect("scale", product, float(arguments["alpha"])))
 
     def copy(self, node: Node) -> Any:
+        if not keeps_numbers(node):
+            raise _LeftTableError(f"`{node.name}` makes the logits {fake_value(node).dtype}")
         return node.args[0]
 
     def layout(self, node: Node) -> Any:
+        if not keeps_numbers(node):
+            raise _LeftTableError(f"`{node.name}` reads the logits as {fake_value(node).dtype}")
         self.effects.append(Effect("layout", node))
         return node.args[0]
 
@@ -147,7 +156,7 @@ class _Walk:
         left, right = node.args[:2]
         weight = float(bound_arguments(node)["alpha"])
         if packet_of(node) in (aten.sub, aten.sub_):
-            stabiliser = _row_maximum(right, left)
+            stabiliser = row_maximum(right, left)
             if stabiliser is not None and weight == 1:
                 self.helpers |= stabiliser
                 return left
@@ -157,8 +166,11 @@ class _Walk:
             raise _LeftTableError(f"`{node.name}` subtracts the logits")
         if isinstance(other, Node):
             self.effects.append(Effect("add", node, weight, other))
-        elif self.number(other) is None:
+            return logits
+        shift = self.number(other)
+        if shift is None:
             raise _LeftTableError(f"`{node.name}` adds {other}")
+        self.effects.append(Effect("shift", node, weight * shift))
         return logits
 
     def masked_fill(self, node: Node) -> Any:
@@ -223,22 +235,6 @@ class _Walk:
         aten.where: where,
         aten.cat: concatenation,
     }
-
-
-def _row_maximum(subtrahend: Any, logits: Any) -> set[Node] | None:
-    """Return the nodes of ``logits.max(-1, keepdim=True)``, which a softmax does not feel."""
-    chain: set[Node] = set()
-    node = subtrahend
-    while isinstance(node, Node):
-        chain.add(node)
-        if packet_of(node) in (aten.amax, aten.max):
-            arguments = bound_arguments(node)
-            axes = arguments.get("dim")
-            is_row = axes in (-1, [-1]) and arguments.get("keepdim") and node.args[0] is logits
-            return chain if is_row else None
-        is_first = node.target is operator.getitem and node.args[1] == 0
-        node = node.args[0] if packet_of(node) in (aten.detach, *COPIES) or is_first else None
-    return None
 
 
 def _require_same_shape(node: Node, source: Any) -> None:

@@ -51,6 +51,15 @@ def _poisoning(allocate):
     return poisoning_allocate
 
 
+def pytest_addoption(parser):
+    """Let the long matrices run whole."""
+    parser.addoption(
+        "--all-combinations",
+        action="store_true",
+        help="judge every combination of arguments instead of a seeded sample",
+    )
+
+
 def pytest_configure(config):
     """Fill what our package allocates uninitialised, so that an unwritten element shows."""
     del config
