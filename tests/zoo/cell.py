@@ -8,7 +8,7 @@ from typing import Literal
 from zoo.architecture import Architecture, Door, Situation
 
 Outcome = Literal["equal", "different", "failed", "unavailable"]
-"""``unavailable``: PyTorch alone cannot compile or export this model."""
+"""``unavailable``: the model itself fails in this situation, or PyTorch alone cannot compile it."""
 
 
 @dataclass(frozen=True, kw_only=True)

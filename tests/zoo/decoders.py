@@ -4,48 +4,58 @@ from __future__ import annotations
 
 from typing import Any
 
-from zoo.architecture import Architecture
-from zoo.hugging_face import DECODER, SIZES, SPECIAL, builder
-from zoo.text_situations import CAUSAL
+from zoo.architecture import Architecture, Situation
+from zoo.hugging_face import DECODER, ONE_LAYER, SIZES, SPECIAL, builder
+from zoo.text_situations import CAUSAL, CHUNK, PADDING, PLAIN
 
 WINDOW = {"sliding_window": 70}
-ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
-_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 512} | SPECIAL
+ALTERNATING = (
+    WINDOW
+    | {"num_hidden_layers": 2}
+    | {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
+)
+_ALIKE = DECODER | ONE_LAYER
+_GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 512} | SPECIAL
 
-_QWEN_LIKE = DECODER | {"head_dim": 16}
+_QWEN_LIKE = _ALIKE | {"head_dim": 16}
 _GEMMA2 = DECODER | ALTERNATING | {"query_pre_attn_scalar": 16}
-_FALCON = {name: value for name, value in SIZES.items() if name != "intermediate_size"} | SPECIAL
+_FALCON = {
+    name: value for name, value in (SIZES | ONE_LAYER).items() if name != "intermediate_size"
+} | SPECIAL
 _OPT = _FALCON | {"ffn_dim": 48, "word_embed_proj_dim": 32}
-_MPT = {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 512}
+_MPT = {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 512}
 
 _TABLE = {
-    "llama": ("LlamaForCausalLM", "LlamaConfig", DECODER),
-    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", DECODER),
+    "llama": ("LlamaForCausalLM", "LlamaConfig", _ALIKE),
+    "qwen2": ("Qwen2ForCausalLM", "Qwen2Config", _ALIKE),
     "qwen3": ("Qwen3ForCausalLM", "Qwen3Config", _QWEN_LIKE),
-    "mistral": ("MistralForCausalLM", "MistralConfig", DECODER | WINDOW),
+    "mistral": ("MistralForCausalLM", "MistralConfig", _ALIKE | WINDOW),
     "gemma3": ("Gemma3ForCausalLM", "Gemma3TextConfig", DECODER | ALTERNATING),
     "gpt2": ("GPT2LMHeadModel", "GPT2Config", _GPT2),
-    "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES | SPECIAL),
-    "phi3": ("Phi3ForCausalLM", "Phi3Config", DECODER | WINDOW),
-    "cohere": ("CohereForCausalLM", "CohereConfig", DECODER | {"use_qk_norm": True}),
-    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", DECODER),
-    "stablelm": ("StableLmForCausalLM", "StableLmConfig", DECODER | {"qk_layernorm": True}),
+    "gpt-neox": ("GPTNeoXForCausalLM", "GPTNeoXConfig", SIZES | SPECIAL | ONE_LAYER),
+    "phi3": ("Phi3ForCausalLM", "Phi3Config", _ALIKE | WINDOW),
+    "cohere": ("CohereForCausalLM", "CohereConfig", _ALIKE | {"use_qk_norm": True}),
+    "olmo2": ("Olmo2ForCausalLM", "Olmo2Config", _ALIKE),
+    "stablelm": ("StableLmForCausalLM", "StableLmConfig", _ALIKE | {"qk_layernorm": True}),
     "glm": ("GlmForCausalLM", "GlmConfig", _QWEN_LIKE),
     "falcon": ("FalconForCausalLM", "FalconConfig", _FALCON),
     "opt": ("OPTForCausalLM", "OPTConfig", _OPT),
 }
+_POSITIONLESS = (PLAIN, PADDING, CHUNK)
+"""ALiBi models take no positions to pack by, and size their bias by the tokens seen so far, which
+a StaticCache keeps in a tensor."""
+
 _SINGULAR = {
-    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _GEMMA2, ("eager",), {}),
+    "gemma2": ("Gemma2ForCausalLM", "Gemma2Config", _GEMMA2, ("eager",)),
     "gpt-oss": (
         "GptOssForCausalLM",
         "GptOssConfig",
         DECODER | ALTERNATING | {"num_local_experts": 4, "num_experts_per_tok": 2},
         ("eager",),
-        {},
     ),
-    "gptj": ("GPTJForCausalLM", "GPTJConfig", _GPT2 | {"rotary_dim": 4}, ("eager",), {}),
-    "bloom": ("BloomForCausalLM", "BloomConfig", _GPT2, ("eager",), {"float bias": 2}),
-    "mpt": ("MptForCausalLM", "MptConfig", _MPT | SPECIAL, ("eager",), {"float bias": 2}),
+    "gptj": ("GPTJForCausalLM", "GPTJConfig", _GPT2 | {"rotary_dim": 4}, ("eager",)),
+    "bloom": ("BloomForCausalLM", "BloomConfig", _GPT2, ("eager",), _POSITIONLESS, 1),
+    "mpt": ("MptForCausalLM", "MptConfig", _MPT | SPECIAL, ("eager",), _POSITIONLESS, 1),
 }
 """Those with one spelling, or with sites that cannot be sparse: ALiBi is a bias on the logits."""
 
@@ -56,16 +66,17 @@ def _decoder(
     config_class: str,
     arguments: dict[str, Any],
     spellings: tuple[str, ...] = ("sdpa", "eager"),
-    barred: dict[str, int] | None = None,
+    situations: tuple[Situation, ...] = CAUSAL,
+    biased: int = 0,
 ) -> Architecture:
     return Architecture(
         name=name,
         family="decoder",
         build=builder(model_class, config_class, arguments),
-        situations=CAUSAL,
-        sites=2,
+        situations=situations,
+        sites=len(arguments.get("layer_types", "1")),
         spellings=spellings,
-        barred=barred or {},
+        barred={"float bias": biased} if biased else {},
     )
 
 

@@ -9,7 +9,7 @@ from torch import nn
 
 from zoo.architecture import Architecture, Batch, Situation
 from zoo.hugging_face import SPECIAL, builder
-from zoo.text_situations import padding, token_ids, without_cache
+from zoo.text_situations import ITEMS, padding, token_ids, without_cache
 
 _BART = {
     "vocab_size": 96,
@@ -48,23 +48,21 @@ SITES = 6
 def _plain(model: nn.Module, size: int) -> Batch:
     del model
     return Batch(
-        inputs={"input_ids": token_ids(size, 2), "decoder_input_ids": token_ids(size, 2, seed=1)}
+        inputs={
+            "input_ids": token_ids(size, ITEMS),
+            "decoder_input_ids": token_ids(size, ITEMS, seed=1),
+        }
     )
 
 
-def _padded(side: str):
-    def make(model: nn.Module, size: int) -> Batch:
-        return Batch(inputs=_plain(model, size).inputs | {"attention_mask": padding(size, side)})
-
-    return make
+def _padded(model: nn.Module, size: int) -> Batch:
+    return Batch(inputs=_plain(model, size).inputs | {"attention_mask": padding(size)})
 
 
 def _padded_on_both_sides(model: nn.Module, size: int) -> Batch:
-    mask = padding(size, "right")
-    return Batch(
-        inputs=_padded("right")(model, size).inputs | {"decoder_attention_mask": mask},
-        rows=mask.bool(),
-    )
+    mask = padding(size).flip(0)
+    inputs = _padded(model, size).inputs | {"decoder_attention_mask": mask}
+    return Batch(inputs=inputs, rows=mask.bool())
 
 
 def _sound(model: nn.Module, size: int) -> Batch:
@@ -80,10 +78,9 @@ _TOKENS = {"input_ids": (1,), "decoder_input_ids": (1,)}
 _MASKED = _TOKENS | {"attention_mask": (1,)}
 _TEXT = (
     Situation(name="no mask", wrap=without_cache, make=_plain, dynamic=_TOKENS),
-    Situation(name="left padding", wrap=without_cache, make=_padded("left"), dynamic=_MASKED),
-    Situation(name="right padding", wrap=without_cache, make=_padded("right"), dynamic=_MASKED),
+    Situation(name="left and right padding", wrap=without_cache, make=_padded, dynamic=_MASKED),
     Situation(
-        name="padding on both sides",
+        name="padding in encoder and decoder",
         wrap=without_cache,
         make=_padded_on_both_sides,
         dynamic=_MASKED | {"decoder_attention_mask": (1,)},

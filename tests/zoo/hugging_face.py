@@ -21,6 +21,8 @@ SIZES = {
 }
 SPECIAL = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 DECODER = SIZES | SPECIAL | {"num_key_value_heads": 2}
+ONE_LAYER = {"num_hidden_layers": 1}
+"""For models whose layers are all alike: the second would show what the first shows."""
 
 
 @functools.cache

@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.architecture import Architecture, Situation
-from zoo.hugging_face import DECODER, builder
-from zoo.text_situations import CAUSAL, LEFT, PLAIN, RIGHT
+from zoo.hugging_face import DECODER, ONE_LAYER, builder
+from zoo.text_situations import CAUSAL, PADDING, PLAIN
 
-_EXPERTS = DECODER | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
-_MIXTRAL = DECODER | {"num_local_experts": 4, "num_experts_per_tok": 2}
+_EXPERTS = (
+    DECODER | ONE_LAYER | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+)
+_MIXTRAL = DECODER | ONE_LAYER | {"num_local_experts": 4, "num_experts_per_tok": 2}
 _DEEPSEEK = DECODER | {
     "num_key_value_heads": 4,
     "moe_intermediate_size": 32,
@@ -25,6 +27,7 @@ _DEEPSEEK = DECODER | {
     "first_k_dense_replace": 1,
 }
 _LLAMA4 = _MIXTRAL | {
+    "num_hidden_layers": 2,
     "head_dim": 16,
     "intermediate_size_mlp": 48,
     "num_experts_per_tok": 1,
@@ -42,6 +45,7 @@ _JAMBA = DECODER | {
     "mamba_dt_rank": 4,
 }
 _QWEN3_NEXT = _EXPERTS | {
+    "num_hidden_layers": 2,
     "head_dim": 16,
     "layer_types": ["linear_attention", "full_attention"],
     "linear_key_head_dim": 8,
@@ -51,6 +55,7 @@ _QWEN3_NEXT = _EXPERTS | {
     "shared_expert_intermediate_size": 32,
 }
 _GRANITE = _MIXTRAL | {
+    "num_hidden_layers": 2,
     "layer_types": ["mamba", "attention"],
     "shared_intermediate_size": 32,
     "mamba_n_heads": 8,
@@ -60,12 +65,12 @@ _GRANITE = _MIXTRAL | {
 }
 _LFM2 = DECODER | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
 
-_RECURRENT = (PLAIN, LEFT, RIGHT)
+_RECURRENT = (PLAIN, PADDING)
 """Layers with a running state have caches and padding rules of their own."""
 
 _TABLE: dict[str, tuple[str, str, dict[str, Any], tuple[Situation, ...], int]] = {
-    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _MIXTRAL, CAUSAL, 2),
-    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _EXPERTS | {"head_dim": 16}, CAUSAL, 2),
+    "mixtral": ("MixtralForCausalLM", "MixtralConfig", _MIXTRAL, CAUSAL, 1),
+    "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _EXPERTS | {"head_dim": 16}, CAUSAL, 1),
     "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _DEEPSEEK, CAUSAL, 2),
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4, CAUSAL, 2),
     "jamba": ("JambaForCausalLM", "JambaConfig", _JAMBA, _RECURRENT, 1),

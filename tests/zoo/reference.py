@@ -35,11 +35,21 @@ class Answer:
         """
         if actual.shape != self.exact.shape or actual.dtype != self.eager.dtype:
             return float("inf")
-        actual, eager, exact = (self._meant(t) for t in (actual, self.eager, self.exact))
-        worst = (eager.double() - exact).abs().max().item()
-        allowed = 2 * worst + 4 * torch.finfo(eager.dtype).eps * exact.abs().max().item()
-        distance = (actual.double() - exact).abs().max().item()
-        return float("inf") if math.isnan(distance) else distance / allowed
+        distance = self._distance(actual, self.exact)
+        return float("inf") if math.isnan(distance) else distance / self._allowed
+
+    def agrees(self, one: Tensor, other: Tensor) -> bool:
+        """Whether two float32 results could both come from one float64 result."""
+        return one.shape == other.shape and self._distance(one, other) <= 2 * self._allowed
+
+    @property
+    def _allowed(self) -> float:
+        eps = torch.finfo(self.eager.dtype).eps
+        floor = 4 * eps * self._meant(self.exact).abs().max().item()
+        return 2 * self._distance(self.eager, self.exact) + floor
+
+    def _distance(self, one: Tensor, other: Tensor) -> float:
+        return (self._meant(one).double() - self._meant(other)).abs().max().item()
 
     def _meant(self, output: Tensor) -> Tensor:
         return output if self.batch.rows is None else output[self.batch.rows]

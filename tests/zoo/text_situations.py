@@ -13,8 +13,9 @@ CAPACITY = 200
 """Tokens that a StaticCache holds."""
 PREFIX = 60
 """Tokens in the cache when a call goes on."""
-ITEMS = (1.0, 0.6)
-"""Share of the tokens that are not padding, per batch item."""
+PADDED = ((0.0, 0.0), (0.4, 0.0), (0.0, 0.3))
+"""Share of the tokens that is padding on the left and on the right, per batch item."""
+ITEMS = len(PADDED)
 
 
 def token_ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -23,12 +24,11 @@ def token_ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(4, VOCABULARY, (batch, length), generator=generator)
 
 
-def padding(length: int, side: str) -> Tensor:
-    """Return ``Int64[b length]``: 1 on tokens, 0 on padding at ``side``."""
-    counts = torch.tensor([round(length * share) for share in ITEMS])[:, None]
+def padding(length: int) -> Tensor:
+    """Return ``Int64[b length]``: 1 on tokens, 0 on padding; one item of each kind."""
+    left, right = (torch.tensor([row[side] for row in PADDED])[:, None] for side in (0, 1))
     places = torch.arange(length)[None]
-    real = places >= length - counts if side == "left" else places < counts
-    return real.long()
+    return ((places >= left * length) & (places < length - right * length)).long()
 
 
 def _plain(model: nn.Module, size: int) -> Batch:
@@ -36,15 +36,11 @@ def _plain(model: nn.Module, size: int) -> Batch:
     return Batch(inputs={"input_ids": token_ids(size, 2)})
 
 
-def _padded(side: str):
-    def make(model: nn.Module, size: int) -> Batch:
-        del model
-        mask = padding(size, side)
-        return Batch(
-            inputs={"input_ids": token_ids(size, 2), "attention_mask": mask}, rows=mask.bool()
-        )
-
-    return make
+def _padded(model: nn.Module, size: int) -> Batch:
+    del model
+    mask = padding(size)
+    inputs = {"input_ids": token_ids(size, ITEMS), "attention_mask": mask}
+    return Batch(inputs=inputs, rows=mask.bool())
 
 
 def _packed(model: nn.Module, size: int) -> Batch:
@@ -104,8 +100,9 @@ _TOKENS = {"input_ids": (1,)}
 _MASKED = _TOKENS | {"attention_mask": (1,)}
 
 PLAIN = Situation(name="no mask", wrap=without_cache, make=_plain, dynamic=_TOKENS)
-LEFT = Situation(name="left padding", wrap=without_cache, make=_padded("left"), dynamic=_MASKED)
-RIGHT = Situation(name="right padding", wrap=without_cache, make=_padded("right"), dynamic=_MASKED)
+PADDING = Situation(
+    name="left and right padding", wrap=without_cache, make=_padded, dynamic=_MASKED
+)
 PACKED = Situation(
     name="packed", wrap=_never_cached, make=_packed, dynamic=_TOKENS | {"position_ids": (1,)}
 )
@@ -122,9 +119,9 @@ STATIC_DECODE = Situation(
     name="static cache, decode", wrap=_static_filled, make=_single, sizes=(1, 1), decodes=True
 )
 ENCODER_PLAIN = Situation(name="no mask", wrap=_bare, make=_plain, dynamic=_TOKENS)
-ENCODER_LEFT = Situation(name="left padding", wrap=_bare, make=_padded("left"), dynamic=_MASKED)
-ENCODER_RIGHT = Situation(name="right padding", wrap=_bare, make=_padded("right"), dynamic=_MASKED)
+ENCODER_PADDING = Situation(
+    name="left and right padding", wrap=_bare, make=_padded, dynamic=_MASKED
+)
 
-CAUSAL = (PLAIN, LEFT, RIGHT, PACKED, CHUNK, STATIC_PREFILL, STATIC_CHUNK, STATIC_DECODE)
-UNCACHED = (PLAIN, LEFT, RIGHT)
-ENCODER = (ENCODER_PLAIN, ENCODER_LEFT, ENCODER_RIGHT)
+CAUSAL = (PLAIN, PADDING, PACKED, CHUNK, STATIC_PREFILL, STATIC_CHUNK, STATIC_DECODE)
+ENCODER = (ENCODER_PLAIN, ENCODER_PADDING)

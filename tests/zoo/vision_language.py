@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from zoo.architecture import Architecture, Batch, Door, Situation
 from zoo.hugging_face import DECODER, from_config, library
-from zoo.text_situations import padding, token_ids, without_cache
+from zoo.text_situations import token_ids, without_cache
 from zoo.wrappers import Forward
 
 IMAGE_TOKEN = 95
@@ -102,9 +102,9 @@ def _clip_plain(model: nn.Module, size: int) -> Batch:
 
 
 def _clip_padded(model: nn.Module, size: int) -> Batch:
-    mask = padding(size, "right")
     inputs = _clip_plain(model, size).inputs
-    inputs["input_ids"][1, int(mask[1].sum()) - 1] = 2
+    mask, ids = torch.ones(2, size, dtype=torch.long), inputs["input_ids"]
+    mask[1, -20:], ids[1, -20:], ids[1, -21] = 0, 0, 2
     return Batch(inputs=inputs | {"attention_mask": mask})
 
 
