@@ -65,14 +65,12 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
     for atom in sorted(atoms, key=str):
         _require_atom(atom)
     flags = [atom for atom in sorted(atoms, key=str) if isinstance(atom, Flag)]
-    documents = [atom for atom in atoms if isinstance(atom, Same)]
+    documents = [atom for atom in sorted(atoms, key=str) if isinstance(atom, Same)]
     bounds = [
         atom.expression
         for atom in atoms
         if isinstance(atom, AtMost) and not interpreter.ranges.is_at_most_zero(atom.expression)
     ]
-    if len(documents) > 1:
-        raise NotProvedError("two different document numberings")
     for document in documents:
         bounds = positions_within_documents(document, bounds, interpreter)
     for flag in flags:
@@ -83,8 +81,8 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
         lower=lower,
         offset=offset,
         key_padding=tuple(flags) or None,
-        query_documents=documents[0].left if documents else None,
-        key_documents=documents[0].right if documents else None,
+        query_documents=tuple(document.left for document in documents) or None,
+        key_documents=tuple(document.right for document in documents) or None,
     )
 
 

@@ -2,7 +2,8 @@
 
     ScalarSum(cumulative_length)        clone right after the definition, then sums
     Flag(mask[b, k + c])                mask -> select, slice, expand -> Bool[b k]
-    Read(documents[b, q])               documents -> select, slice, expand -> Int[b q]
+    Read(documents[b, q])               documents -> select, slice, expand -> Int[b q]; several
+                                        are combined into one
 
 A tensor that the graph changes in place later (the counter of a static cache) is copied where it is
 defined: the proof speaks of its value there.
@@ -19,6 +20,7 @@ from torch import SymInt
 from torch.fx import Graph, Node
 
 from seer_compile.errors import PassError
+from seer_compile.passes.combine_documents import combine_documents
 from seer_compile.passes.fx_utils import fake_value, insert_call, is_known, tensor_shape
 from seer_compile.passes.index_ranges import IndexRanges
 from seer_compile.passes.mask_domain import Flag, Read
@@ -49,13 +51,14 @@ def materialise(proof: MaskProof, site: AttentionSite, graph: Graph) -> Visibili
     if visibility is None:
         raise PassError("a mask that is not proved has no nodes", context={"site": site.name})
     builder = _Builder(site, graph)
+    query_documents, key_documents = builder.documents(visibility)
     return Visibility(
         upper=builder.bound(visibility.upper),
         lower=builder.bound(visibility.lower),
         offset=builder.offset(visibility.offset),
         key_padding=builder.padding(visibility.key_padding or ()),
-        query_documents=builder.tokens(visibility.query_documents, "q"),
-        key_documents=builder.tokens(visibility.key_documents, "k"),
+        query_documents=query_documents,
+        key_documents=key_documents,
     )
 
 
@@ -100,9 +103,13 @@ class _Builder:
             total = row if total is None else self._call(aten.logical_and.default, total, row)
         return total
 
-    def tokens(self, read: Read | None, letter: str) -> Node | None:
-        """Return the documents of one side as ``Int[b t]``."""
-        return None if read is None else self._tokens(read, letter)
+    def documents(self, visibility: Visibility) -> tuple[Node | None, Node | None]:
+        """Return the documents of both sides as ``Int[b q]`` and ``Int[b k]``."""
+        if visibility.query_documents is None:
+            return None, None
+        numberings = zip(visibility.query_documents, visibility.key_documents, strict=True)
+        pairs = [(self._tokens(left, "q"), self._tokens(right, "k")) for left, right in numberings]
+        return combine_documents(pairs, self.bound(self._site.axis_sizes["q"]), self._call)
 
     def _tokens(self, read: Read, letter: str) -> Node:
         """Return a tensor's elements at every batch item and token."""

@@ -6,7 +6,7 @@ query ``q``, key ``k`` and batch item ``b``. The proof succeeds when their conju
 
     k - q <= upper, k - q >= lower     bounds: sizes, plus one offset read from 0-d tensors
     node[b, k + c]                     key padding
-    node[b, q + c] == node[b, k + c]   documents
+    node[b, q + c] == node[b, k + c]   documents, in one numbering or several
 
 A number on the logits counts as hiding a key from -10000 down, as visible at 0, and as an unproved
 bias elsewhere. Nothing is run, nothing is changed.
@@ -64,8 +64,8 @@ def prove_masks(
 
     Returns:
         One proof per site. Its visibility holds ``int`` or ``SymInt`` bounds, a :class:`ScalarSum`
-        offset, ``Flag`` tuples as key padding and ``Read`` documents; ``materialise`` turns them
-        into nodes.
+        offset, tuples of ``Flag`` as key padding and of ``Read`` as documents; ``materialise``
+        turns them into nodes.
     """
     mutations = Mutations(graph_module.graph)
     return tuple(_prove(site, mutations, constants or {}) for site in sites)
