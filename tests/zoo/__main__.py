@@ -1,7 +1,7 @@
 """Run the whole matrix and write the catalogue: ``make models``.
 
 ``python -m zoo --rows FILE`` keeps rows in a file and skips the cells that it has, so that the run
-can be done in pieces; ``--only a,b`` runs some architectures and writes no catalogue.
+can be done in pieces; ``--only`` and ``--half`` run some cells and write no catalogue.
 """
 
 from __future__ import annotations
@@ -27,15 +27,20 @@ CATALOGUE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run cells, print what is off, write the page; 0 where every cell passes."""
     parser = argparse.ArgumentParser(prog="zoo", description=__doc__)
-    parser.add_argument("--only", default="", help="architectures, separated by commas")
+    parser.add_argument("--only", default="", help="architectures, separated by semicolons")
+    parser.add_argument(
+        "--half", action="store_true", help="static sizes by export, dynamic ones by Dynamo only"
+    )
     parser.add_argument("--rows", type=Path, help="where rows are kept (JSON lines)")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    chosen = [name for name in options.only.split(",") if name] or list(ARCHITECTURES)
+    chosen = [name for name in options.only.split(";") if name] or list(ARCHITECTURES)
     absent = [name for name in chosen if not is_installed(name)]
     cells = [
         cell for name in chosen if name not in absent for cell in cells_of(ARCHITECTURES[name])
     ]
+    if options.half:
+        cells = [cell for cell in cells if cell.dynamic == (cell.door == "dynamo")]
     rows = _run(cells, options.rows)
     failures = [row for row in rows if not row.passes]
     run = catalogue.totals(rows)
@@ -43,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say(f"{run.sparse} of {run.possible} possible sites are sparse: {run.share:.1%}")
     for name in absent:
         _say(f"not run: {name}, which needs {', '.join(ARCHITECTURES[name].needs)}")
-    if not options.only and not absent:
+    if not (options.only or options.half or absent):
         CATALOGUE.write_text(catalogue.render(rows, versions()))
     return int(bool(failures) or run.share < catalogue.LEAST_SHARE)
 

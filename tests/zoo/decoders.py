@@ -9,19 +9,14 @@ from zoo.hugging_face import DECODER, ONE_LAYER, SIZES, SPECIAL, builder
 from zoo.text_situations import CAUSAL, CHUNK, PADDING, PLAIN
 
 WINDOW = {"sliding_window": 70}
-ALTERNATING = (
-    WINDOW
-    | {"num_hidden_layers": 2}
-    | {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
-)
+ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
 _ALIKE = DECODER | ONE_LAYER
 _GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 512} | SPECIAL
 
 _QWEN_LIKE = _ALIKE | {"head_dim": 16}
 _GEMMA2 = DECODER | ALTERNATING | {"query_pre_attn_scalar": 16}
-_FALCON = {
-    name: value for name, value in (SIZES | ONE_LAYER).items() if name != "intermediate_size"
-} | SPECIAL
+_FALCON = SPECIAL | ONE_LAYER | {"max_position_embeddings": 512}
+_FALCON |= {name: SIZES[name] for name in ("vocab_size", "hidden_size", "num_attention_heads")}
 _OPT = _FALCON | {"ffn_dim": 48, "word_embed_proj_dim": 32}
 _MPT = {"vocab_size": 96, "d_model": 32, "n_heads": 4, "n_layers": 1, "max_seq_len": 512}
 
