@@ -6,7 +6,7 @@ Letters of shapes: see :mod:`seer_compile.types`. R is a choice of query sub-blo
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -67,6 +67,32 @@ def backward(
     Cost:
         Three products ``R x c x e`` per head and batch item, float32.
     """
+    with torch.enable_grad():
+        loss = differentiable_loss(
+            gate, inputs, target, counts, kind=kind, rows=rows, logits_bytes=logits_bytes
+        )
+        torch.autograd.backward(loss)
+    return loss.detach()
+
+
+def differentiable_loss(
+    gate: AttnGate,
+    inputs: SiteInputs,
+    target: Tensor,
+    counts: Tensor,
+    *,
+    kind: LossKind,
+    rows: Tensor | None = None,
+    logits_bytes: int = LOGITS_BYTES,
+) -> Tensor:
+    """Return the mean loss over the rows that count, differentiable in the gate's weights.
+
+    The gradient is computed at once, chunk by chunk, and waits in the result; the graph behind it
+    is the projection of pooled tokens alone. Arguments and cost are those of :func:`backward`.
+
+    Returns:
+        ``Float32[]``.
+    """
     sub_block = gate.config.sub_block
     visible = visible_units(
         inputs.visibility,
@@ -98,8 +124,24 @@ def backward(
             loss = torch.where(counts[:, heads, part], losses, 0.0).sum() / divisor
             torch.autograd.backward(loss)
             total += loss.detach()
-        torch.autograd.backward([query, key], [query_leaf.grad, key_leaf.grad])
-    return total
+        return _KnownGradients.apply(total, query_leaf.grad, key_leaf.grad, query, key)
+
+
+class _KnownGradients(torch.autograd.Function):
+    """A number whose gradients with respect to two tensors are known already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, query_grad: Tensor, key_grad: Tensor, query: Tensor, key: Tensor
+    ) -> Tensor:
+        del query, key
+        ctx.save_for_backward(query_grad, key_grad)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> Any:
+        query_grad, key_grad = ctx.saved_tensors
+        return None, None, None, grad_outputs[0] * query_grad, grad_outputs[0] * key_grad
 
 
 def _chunks(query: Tensor, key: Tensor, logits_bytes: int) -> Iterator[tuple[slice, slice]]:

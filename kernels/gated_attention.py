@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from seer_compile.errors import RangeError
-from seer_compile.kernels import counters
+from seer_compile.kernels import counters, observation
 from seer_compile.kernels.dense import dense_attention, dense_reason
-from seer_compile.types import Visibility
+from seer_compile.types import SiteInputs, Visibility
 
 MODE_DENSE, MODE_AUTO, MODE_SPARSE, MODE_FULL_BUDGET = 0, 1, 2, 3
 """Values of ``mode``: dense; sparse where that is not slower; sparse whatever the size; dense,
@@ -63,6 +63,7 @@ def forward(
     """Return out and lse; see ``ops.gated_attention``."""
     reason = path_of(query, key, value, gate)
     counters.record(gate.site, "sparse" if reason is None else f"dense:{reason}")
+    _show(query, key, value, gate, visibility)
     lse = query.new_zeros(query.shape[:3], dtype=torch.float32)
     if reason is not None:
         out = dense_attention(query, key, value, scale=gate.scale, visibility=visibility)
@@ -89,6 +90,23 @@ def forward(
             return part, part_lse
         out[:, :, slab.rows], lse[:, :, slab.rows] = part, part_lse
     return out, lse
+
+
+def _show(
+    query: Tensor, key: Tensor, value: Tensor, gate: GateArguments, visibility: Visibility
+) -> None:
+    observers = observation.active()
+    if observers:
+        inputs = SiteInputs(
+            name=gate.site,
+            query=query,
+            key=key,
+            value=value,
+            scale=gate.scale,
+            visibility=visibility,
+        )
+        for observer in observers:
+            observer(inputs)
 
 
 def backward(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
         TopK,
         TopP,
     )
+    from seer_compile.distilling import Distillation, distillation
     from seer_compile.errors import (
         DenseFallbackWarning,
         SeerError,
@@ -66,6 +67,7 @@ _HOMES = {
         "TopK",
         "TopP",
     ),
+    "seer_compile.distilling": ("Distillation", "distillation"),
     "seer_compile.errors": (
         "DenseFallbackWarning",
         "SeerError",
@@ -87,6 +89,7 @@ __all__ = [
     "BlockSize",
     "CalibrationConfig",
     "DenseFallbackWarning",
+    "Distillation",
     "Explanation",
     "Fraction",
     "GateConfig",
@@ -100,6 +103,7 @@ __all__ = [
     "Visibility",
     "block_sparse_attention",
     "calibrate",
+    "distillation",
     "explain",
     "export",
     "load_gates",

@@ -6,8 +6,9 @@ own first (``create_masks_for_generate``), which is what is attached here, per i
 whose class has none: during prefill the padding mask is passed on as it is, and the model builds
 the same mask itself, in the graph. Decoding steps keep the prepared mask: they are dense.
 
-Encoders. ``generate`` calls the encoder of an encoder-decoder model by itself, past the model's
-own call, so the encoder is compiled as an entry of its own.
+Parts. ``generate`` calls the encoder of an encoder-decoder model by itself, and that of an adapter
+wrapper calls the wrapped model, both past the optimized model's own call. So these parts are
+compiled as entries of their own.
 """
 
 from __future__ import annotations
@@ -32,14 +33,26 @@ class MasksInGraph:
 
 
 def entry_modules(model: nn.Module) -> tuple[nn.Module, ...]:
-    """Return the modules that callers call: the model, and an encoder that ``generate`` calls."""
-    config = getattr(model, "config", None)
-    get_encoder = getattr(model, "get_encoder", None)
-    if not getattr(config, "is_encoder_decoder", False) or not callable(get_encoder):
-        return (model,)
-    encoder: Any = get_encoder()
-    is_part = any(module is encoder for module in model.modules())
-    return (model, encoder) if is_part and encoder is not model else (model,)
+    """Return the modules that callers call; the first is the model.
+
+    The others are the model that an adapter wrapper wraps, and encoders that ``generate`` calls.
+    """
+    entries = [model]
+    get_base = getattr(model, "get_base_model", None)
+    if callable(get_base):
+        _add_part(entries, model, get_base())
+    for entry in list(entries):
+        get_encoder = getattr(entry, "get_encoder", None)
+        config = getattr(entry, "config", None)
+        if getattr(config, "is_encoder_decoder", False) and callable(get_encoder):
+            _add_part(entries, model, get_encoder())
+    return tuple(entries)
+
+
+def _add_part(entries: list[nn.Module], model: nn.Module, part: Any) -> None:
+    if any(module is part for module in model.modules()):
+        if not any(module is part for module in entries):
+            entries.append(part)
 
 
 def is_decoding_step(arguments: dict[str, Any]) -> bool:

@@ -49,6 +49,8 @@ class Session:
         self.options = options
         self.calibration: dict[str, Any] = {}
         """Summary of the calibration whose gates are in the store."""
+        self.distillations = 0
+        """How often the gates' loss was asked for; draws other rows each time."""
         entries = entry_modules(model)
         self.previous_calls = [entry.__dict__.get(_COMPILED) for entry in entries]
         self._bind(entries)
@@ -115,7 +117,10 @@ class Session:
 
     @contextlib.contextmanager
     def uncounted(self) -> Iterator[None]:
-        """Leave the calls made in the block out of the report."""
+        """Leave the calls made in the block out of the report, of this model and of others.
+
+        What runs a model with handlers counts under plain site names, which another has as well.
+        """
         before = counters.snapshot()
         try:
             yield
@@ -123,8 +128,9 @@ class Session:
             for site, paths in counters.snapshot().items():
                 for path, number in paths.items():
                     new = number - before.get(site, {}).get(path, 0)
-                    known = self.calls_before.setdefault(site, {})
-                    known[path] = known.get(path, 0) + new
+                    for session in {self, *_LIVE.values()}:
+                        known = session.calls_before.setdefault(site, {})
+                        known[path] = known.get(path, 0) + new
 
     def calls(self, site: str) -> dict[str, int]:
         """Return how many calls of a site took which path since it was optimized."""
@@ -160,6 +166,7 @@ class Session:
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.store, self.options = state["store"], state["options"]
         self.calibration = dict(state["calibration"])
+        self.distillations = 0
         self.previous_calls = [None] * len(state["entries"])
         self._bind(state["entries"])
 
@@ -218,7 +225,8 @@ def attach(model: nn.Module, config: GateConfig | None, options: BackendOptions)
     model.__dict__[_SESSION] = session
     model.__dict__[_REPORT] = ReportCall(session)
     model._register_state_dict_hook(leave_gates_out)
-    attach_masks(model)
+    for entry in session.entries:
+        attach_masks(entry)
     ignored = model.__dict__.get(_DDP_IGNORED)
     model.__dict__[_DDP_IGNORED] = GateTensorNames(store, ignored)
     return session
@@ -231,7 +239,8 @@ def detach(model: nn.Module) -> None:
     session.unplug()
     for name in (_SESSION, _REPORT):
         model.__dict__.pop(name, None)
-    detach_masks(model)
+    for entry in session.entries:
+        detach_masks(entry)
     ignored = model.__dict__.pop(_DDP_IGNORED, None)
     if isinstance(ignored, GateTensorNames) and ignored.others is not None:
         model.__dict__[_DDP_IGNORED] = ignored.others
