@@ -1,0 +1,392 @@
+"""Gluon's language on the CPU, as far as the Hopper kernel uses it, on a :class:`Machine`.
+
+The functions of the kernel run as they stand, with the names ``gl``, ``hopper``, ``mbarrier`` and
+``tma`` bound to what is here. Values know their layout, and two that meet must agree, as on the
+GPU. Shared memory is a view of one tensor: writing to a view writes to the tile.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import types
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import triton.experimental.gluon.language as real
+from gluon_machine import Barrier, Machine, Product, empty_memory
+from torch import Tensor
+
+DTYPES = {
+    real.float16: torch.float16,
+    real.bfloat16: torch.bfloat16,
+    real.float32: torch.float32,
+    real.int32: torch.int32,
+    real.int64: torch.int64,
+}
+NAMES = {kind: name for name, kind in DTYPES.items()}
+
+
+def raw(value: Any) -> Any:
+    """Return the tensor or number inside a value."""
+    return value.data if isinstance(value, Value) else value
+
+
+def _sliced(layout: Any, axis: int) -> Any:
+    return real.SliceLayout(axis, layout) if layout is not None else None
+
+
+class Value:
+    """A tensor in registers, or a scalar (no axes), with its layout."""
+
+    def __init__(self, data: Any, layout: Any = None) -> None:
+        self.data = data if isinstance(data, Tensor) else torch.tensor(data)
+        self.layout = layout if self.data.ndim else None
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    @property
+    def type(self) -> Any:
+        return types.SimpleNamespace(layout=self.layout)
+
+    def to(self, dtype: Any) -> Value:
+        return Value(self.data.to(DTYPES[dtype]), self.layout)
+
+    def __getitem__(self, index: tuple[Any, Any]) -> Value:
+        axis = index.index(None)
+        assert isinstance(self.layout, real.SliceLayout), f"{self.layout} is no slice"
+        assert self.layout.dim == axis, f"expanded along {axis}, sliced along {self.layout.dim}"
+        return Value(self.data.unsqueeze(axis), self.layout.parent)
+
+    def __index__(self) -> int:
+        return int(self.data)
+
+    def __bool__(self) -> bool:
+        assert self.data.ndim == 0, "a tensor decides no branch"
+        return bool(self.data)
+
+    def __neg__(self) -> Value:
+        return Value(-self.data, self.layout)
+
+
+def _joined(left: Any, right: Any) -> Any:
+    layouts = [v.layout for v in (left, right) if isinstance(v, Value) and v.layout is not None]
+    assert all(layout == layouts[0] for layout in layouts), f"layouts differ: {layouts}"
+    return layouts[0] if layouts else None
+
+
+def _binary(function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
+    def apply(left: Any, right: Any) -> Any:
+        if isinstance(right, Pointer):
+            return NotImplemented
+        if isinstance(left, Value) and left.data.dtype.is_floating_point:
+            right = _typed(right, left.data.dtype)
+        return Value(function(raw(left), raw(right)), _joined(left, right))
+
+    return apply
+
+
+def _typed(number: Any, dtype: torch.dtype) -> Any:
+    return number if isinstance(number, Value) else Value(torch.tensor(float(number), dtype=dtype))
+
+
+for _name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "and_", "or_", "xor"):
+    _function = getattr(operator, _name)
+    setattr(Value, f"__{_name.rstrip('_')}__", _binary(_function))
+    setattr(Value, f"__r{_name.rstrip('_')}__", _binary(lambda a, b, f=_function: f(b, a)))
+for _name in ("lt", "le", "gt", "ge", "eq", "ne"):
+    setattr(Value, f"__{_name}__", _binary(getattr(operator, _name)))
+
+
+class Pointer:
+    """Addresses into the memory of one tensor."""
+
+    def __init__(self, memory: Tensor, offsets: Value) -> None:
+        self.memory, self.offsets = memory, offsets
+
+    def __add__(self, more: Any) -> Pointer:
+        more = more if isinstance(more, Value) else Value(int(more))
+        return Pointer(self.memory, Value(self.offsets.data.long(), self.offsets.layout) + more)
+
+    def __getitem__(self, index: Any) -> Pointer:
+        return Pointer(self.memory, self.offsets[index])
+
+    def reach(self, mask: Any) -> tuple[Tensor, Tensor]:
+        """Return addresses and which of them are used; none of these lies outside."""
+        offsets = self.offsets.data
+        used = torch.ones_like(offsets, dtype=torch.bool) if mask is None else raw(mask)
+        used, offsets = torch.broadcast_tensors(torch.as_tensor(used), offsets)
+        bad = used & ((offsets < 0) | (offsets >= len(self.memory)))
+        assert not bad.any(), f"access outside of memory: {offsets[bad][:4].tolist()}"
+        return offsets.where(used, 0), used
+
+
+def pointer(tensor: Tensor | None) -> Pointer | None:
+    """Return a pointer to the first entry of a tensor."""
+    if tensor is None:
+        return None
+    size = tensor.untyped_storage().nbytes() // tensor.element_size()
+    memory = torch.as_strided(tensor, (size,), (1,), 0)
+    return Pointer(memory, Value(tensor.storage_offset()))
+
+
+class Shared:
+    """A view of shared memory."""
+
+    def __init__(self, machine: Machine, data: Any, layout: Any = None) -> None:
+        self.machine, self.data, self.layout = machine, data, layout
+
+    @property
+    def dtype(self) -> Any:
+        return NAMES[self.data.dtype]
+
+    @property
+    def shape(self) -> list[int]:
+        return list(self.data.shape)
+
+    def index(self, index: Any) -> Any:
+        entry = self.data[int(index)]
+        return entry if isinstance(entry, Barrier) else Shared(self.machine, entry, self.layout)
+
+    def reshape(self, shape: list[int]) -> Shared:
+        return Shared(self.machine, self.data.view(shape), self.layout)
+
+    def permute(self, order: tuple[int, ...]) -> Shared:
+        return Shared(self.machine, self.data.permute(order), self.layout)
+
+    def slice(self, start: int, length: int, dim: int = 0) -> Shared:
+        return Shared(self.machine, self.data.narrow(dim, start, length), self.layout)
+
+    def reinterpret(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+        view = self.data.view(DTYPES[dtype])
+        assert list(view.shape) == shape, f"{shape} of {list(view.shape)}"
+        return Shared(self.machine, view, layout)
+
+    _reinterpret = reinterpret
+
+    def load(self, layout: Any) -> Value:
+        self.machine.pause()
+        return Value(self.data.clone(), layout)
+
+    def store(self, value: Value) -> None:
+        self.machine.pause()
+        self.data.copy_(value.data)
+
+
+class Descriptor:
+    """What the copy engine knows of a tensor: tiles past its end read as zeros."""
+
+    def __init__(self, described: Any) -> None:
+        self.tensor = torch.as_strided(
+            described.base,
+            described.shape,
+            described.strides,
+            described.base.storage_offset(),
+        )
+        self.layout, self.dtype = described.layout, NAMES[described.base.dtype]
+        size = math.prod(described.block_shape) * described.base.element_size()
+        self.block_type = types.SimpleNamespace(shape=described.block_shape, nbytes=size)
+
+    def tile(self, where: list[Any]) -> Tensor:
+        """Return a copy of the tile at a position."""
+        tile = torch.zeros(self.block_type.shape, dtype=self.tensor.dtype)
+        starts = [int(start) for start in where]
+        sizes = [
+            max(0, min(extent - start, length))
+            for start, extent, length in zip(starts, self.tensor.shape, tile.shape, strict=True)
+        ]
+        if min(sizes) > 0:
+            inside = tuple(slice(s, s + n) for s, n in zip(starts, sizes, strict=True))
+            tile[tuple(slice(n) for n in sizes)] = self.tensor[inside]
+        return tile
+
+
+class Language:
+    """The modules that a kernel sees, for one program of a grid."""
+
+    def __init__(self, machine: Machine, program: int, programs: int) -> None:
+        self.machine, self.program, self.programs = machine, program, programs
+        barrier = types.SimpleNamespace(
+            init=lambda bar, count: bar.init(int(count)),
+            expect=lambda bar, size: (machine.pause(), bar.expect(int(size))),
+            arrive=lambda bar, count=1: (machine.pause(), bar.arrive(int(count))),
+            wait=lambda bar, phase: machine.wait(bar, int(phase)),
+            MBarrierLayout=lambda: None,
+        )
+        self.names = {
+            "gl": self._language(),
+            "mbarrier": barrier,
+            "hopper": types.SimpleNamespace(
+                warpgroup_mma=self._multiply,
+                warpgroup_mma_wait=self._wait,
+                fence_async_shared=machine.pause,
+            ),
+            "copy_tile": self._copy,
+            "meet_warps": machine.pause,
+        }
+
+    def _language(self) -> Any:
+        names = {name: getattr(real, name) for name in dir(real) if not name.startswith("_")}
+        names.update(
+            program_id=lambda axis: Value(self.program),
+            num_programs=lambda axis: Value(self.programs),
+            allocate_shared_memory=self._allocate,
+            warp_specialize=self._specialize,
+            atomic_add=_atomic_add,
+            static_range=range,
+            arange=lambda start, end, layout: Value(torch.arange(start, end), layout),
+            full=lambda shape, fill, dtype, layout: Value(
+                torch.zeros(shape, dtype=DTYPES[dtype]) + raw(fill), layout
+            ),
+            zeros=lambda shape, dtype, layout: Value(
+                torch.zeros(shape, dtype=DTYPES[dtype]), layout
+            ),
+            where=_where,
+            maximum=_binary(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),
+            minimum=_binary(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
+            max=lambda value, axis: Value(value.data.amax(axis), _sliced(value.layout, axis)),
+            sum=lambda value, axis: Value(value.data.sum(axis), _sliced(value.layout, axis)),
+            reduce_or=_reduce_or,
+            exp2=lambda value: Value(value.data.exp2(), value.layout),
+            log=lambda value: Value(value.data.log(), value.layout),
+            convert_layout=_convert_layout,
+            load=_load,
+            store=_store,
+        )  # fmt: skip
+        return types.SimpleNamespace(**names)
+
+    def _allocate(self, dtype: Any, shape: list[int], layout: Any) -> Shared:
+        if dtype == real.int64:
+            barriers = [Barrier(f"barrier {index}") for index in range(shape[0])]
+            return Shared(self.machine, barriers)
+        return Shared(self.machine, empty_memory(shape, DTYPES[dtype]), layout)
+
+    def _specialize(self, parts: list[Any], warps: list[int], registers: list[int]) -> None:
+        assert len(parts) == len(warps) + 1 == len(registers) + 1
+        run = [
+            (f"{function.__name__} {number}", lambda f=function, a=arguments: f(*a))
+            for number, (function, arguments) in enumerate(parts)
+        ]
+        self.machine.run(run)
+
+    def _copy(
+        self, descriptor: Descriptor, where: list[Any], barrier: Barrier, target: Shared
+    ) -> None:
+        self.machine.copy(descriptor.tile(where), target.data, barrier)
+
+    def _multiply(
+        self, left: Any, right: Shared, accumulator: Any, *, use_acc: bool = True, is_async: bool
+    ) -> Any:
+        assert is_async
+        before = accumulator if use_acc else None
+        layout = accumulator.layout
+        left_operand = (lambda: left.data) if isinstance(left, Shared) else left.data
+        if isinstance(left, Value):
+            wanted = real.DotOperandLayout(0, layout, 2)
+            assert left.layout == wanted or left.layout.operand_index == 0
+        product = Product(
+            left_operand,
+            lambda: right.data,
+            before.data if isinstance(before, Value) else before,
+            layout,
+        )
+        return self.machine.begin(product)
+
+    def _wait(self, outstanding: Any, deps: tuple[Any, ...]) -> Any:
+        self.machine.finish(int(outstanding))
+        results = []
+        for value in deps:
+            if isinstance(value, Product):
+                assert value not in self.machine.current.products, "read before it is waited for"
+                value = Value(value.make(), value.layout)  # noqa: PLW2901
+            results.append(value)
+        return results[0] if len(results) == 1 else tuple(results)
+
+
+def _atomic_add(target: Pointer, amount: int, sem: str) -> Value:
+    offsets, _ = target.reach(None)
+    before = target.memory[offsets].clone()
+    target.memory[offsets] += amount
+    return Value(before)
+
+
+def _where(condition: Any, left: Any, right: Any) -> Value:
+    data = [torch.as_tensor(raw(value)) for value in (condition, left, right)]
+    if data[1].dtype.is_floating_point != data[2].dtype.is_floating_point:
+        raise AssertionError("branches of different kinds")
+    values = [value for value in (left, right) if isinstance(value, Value)]
+    if values:
+        data[1:] = [part.to(values[0].data.dtype) for part in data[1:]]
+    layout = _joined(condition, left) or _joined(condition, right)
+    return Value(torch.where(*data), layout)
+
+
+def _reduce_or(value: Value, axis: int) -> Value:
+    parts = value.data.unbind(axis)
+    result = parts[0].clone()
+    for part in parts[1:]:
+        result |= part
+    return Value(result, _sliced(value.layout, axis))
+
+
+def _convert_layout(value: Value, layout: Any) -> Value:
+    return Value(value.data, layout)
+
+
+def _load(source: Pointer, mask: Any = None, other: Any = None) -> Value:
+    offsets, used = source.reach(mask)
+    assert mask is None or other is not None, "what is masked has no value"
+    data = source.memory[offsets]
+    if mask is not None:
+        data = data.where(used, torch.tensor(other, dtype=data.dtype))
+    return Value(data, source.offsets.layout)
+
+
+def _store(target: Pointer, value: Value, mask: Any = None) -> None:
+    offsets, used = target.reach(mask)
+    assert value.layout == target.offsets.layout
+    target.memory[offsets[used]] = value.data.expand(offsets.shape)[used].to(target.memory.dtype)
+
+
+class PlayedKernel:
+    """A Gluon kernel whose launches run here, program after program.
+
+    Args:
+        kernel: The jitted function.
+        modules: The modules whose jitted functions it calls.
+        seed: Of the order of events.
+    """
+
+    def __init__(self, kernel: Any, modules: tuple[Any, ...], seed: int) -> None:
+        self.kernel, self.modules, self.seed = kernel, modules, seed
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        def launch(*arguments: Any, num_warps: int, maxnreg: int, **constants: Any) -> None:
+            del num_warps, maxnreg
+            for program in range(grid[0]):
+                language = Language(Machine(self.seed + program), program, grid[0])
+                kernel = self._bound(language)
+                kernel(*(_argument(value) for value in arguments), **constants)
+
+        return launch
+
+    def _bound(self, language: Language) -> Callable[..., None]:
+        names: dict[str, Any] = {}
+        for module in self.modules:
+            for name, value in vars(module).items():
+                source = getattr(value, "fn", None)
+                if isinstance(source, types.FunctionType):
+                    names[name] = types.FunctionType(source.__code__, names, name)
+                elif isinstance(value, real.constexpr):
+                    names[name] = value.value
+        names.update(language.names, __builtins__=__builtins__)
+        return types.FunctionType(self.kernel.fn.__code__, names)
+
+
+def _argument(value: Any) -> Any:
+    if hasattr(value, "block_shape"):
+        return Descriptor(value)
+    return pointer(value) if isinstance(value, Tensor) else value
