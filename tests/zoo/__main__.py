@@ -1,7 +1,8 @@
 """Run the whole matrix and write the catalogue: ``make models``.
 
 ``python -m zoo --rows FILE`` keeps rows in a file and skips the cells that it has, so that the run
-can be done in pieces; ``--only`` and ``--half`` run some cells and write no catalogue.
+can be done in pieces. ``--ways`` leaves out ways into the compiler; the page says which it is
+about. ``--only`` runs some architectures and writes no page.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from zoo.cell import Cell, Row, cells_of
 from zoo.matrix import run_cells
 from zoo.registry import ARCHITECTURES
 
+WAYS = ("static export", "dynamic dynamo", "dynamic export", "static dynamo")
 CATALOGUE = Path(__file__).resolve().parents[2] / "docs" / "models.md"
 
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="zoo", description=__doc__)
     parser.add_argument("--only", default="", help="architectures, separated by semicolons")
     parser.add_argument(
-        "--half", action="store_true", help="static sizes by export, dynamic ones by Dynamo only"
+        "--ways", default=";".join(WAYS), help=f"separated by semicolons, of: {'; '.join(WAYS)}"
     )
     parser.add_argument("--rows", type=Path, help="where rows are kept (JSON lines)")
     options = parser.parse_args(arguments)
@@ -39,8 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     cells = [
         cell for name in chosen if name not in absent for cell in cells_of(ARCHITECTURES[name])
     ]
-    if options.half:
-        cells = [cell for cell in cells if cell.dynamic == (cell.door == "dynamo")]
+    cells = [cell for cell in cells if cell.way in options.ways.split(";")]
     rows = _run(cells, options.rows)
     failures = [row for row in rows if not row.passes]
     run = catalogue.totals(rows)
@@ -48,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _say(f"{run.sparse} of {run.possible} possible sites are sparse: {run.share:.1%}")
     for name in absent:
         _say(f"not run: {name}, which needs {', '.join(ARCHITECTURES[name].needs)}")
-    if not (options.only or options.half or absent):
+    if not options.only and not absent:
         CATALOGUE.write_text(catalogue.render(rows, versions()))
     return int(bool(failures) or run.share < catalogue.LEAST_SHARE)
 

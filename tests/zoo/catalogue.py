@@ -101,7 +101,11 @@ def _agreed(values: Iterable[str]) -> str:
 
 
 def _reasons(row: Row) -> str:
-    return "; ".join(f"{count} x {reason}" for reason, count in row.reasons.items())
+    counts: Counter[str] = Counter()
+    for reason, count in row.reasons.items():
+        # Names of graph nodes differ from run to run.
+        counts[re.sub(r"`[^`]*`", "`...`", reason)] += count
+    return "; ".join(f"{count} x {reason}" for reason, count in counts.items())
 
 
 def plain_visibility(text: str) -> str:
@@ -116,7 +120,8 @@ def render(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(row.family, []).append(row)
-    lines = [*_introduction(run, versions)]
+    ways = dict.fromkeys(f"{row.lengths} {row.door}" for row in rows)
+    lines = [*_introduction(run, versions, list(ways))]
     for family, members in families.items():
         names = len({row.architecture for row in members})
         lines += ["", f"## {family.capitalize()} ({names})", "", _line(HEADER)]
@@ -126,7 +131,7 @@ def render(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _introduction(run: Totals, versions: Mapping[str, str]) -> list[str]:
+def _introduction(run: Totals, versions: Mapping[str, str], ways: Sequence[str]) -> list[str]:
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     outcomes = ", ".join(f"{count} {name}" for name, count in sorted(run.outcomes.items()))
     return [
@@ -135,11 +140,11 @@ def _introduction(run: Totals, versions: Mapping[str, str]) -> list[str]:
         "Written by `make models`, which fails when a number is off; not to be edited. Small",
         "models with random weights are called as they came and rewritten, every visible block",
         "kept; *equal* means no further from float64 than the untouched model is. Each line stands",
-        "for static and dynamic sizes, through `torch.compile(backend='seer')` and",
-        "`seer_compile.export`; `/` separates what differs between those. *Sites* are counted in",
-        "the running model, without our finder.",
+        "for all ways of capturing a model that are named here; `/` separates what differs between",
+        "them. *Sites* are counted in the running model, without our finder.",
         "",
         f"Versions: {listed}.",
+        f"Ways: {', '.join(ways)}; `dynamo` is `torch.compile`, `export` `seer_compile.export`.",
         "",
         f"- {run.architectures} architectures, {run.cells} cells: {outcomes}. *Unavailable* are "
         "cells that PyTorch",

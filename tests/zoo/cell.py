@@ -21,9 +21,24 @@ class Cell:
     dynamic: bool
     door: Door
 
+    @property
+    def lengths(self) -> str:
+        """Return ``static`` or ``dynamic``."""
+        return "dynamic" if self.dynamic else "static"
+
+    @property
+    def way(self) -> str:
+        """Return how the model gets to the compiler: lengths and door."""
+        return f"{self.lengths} {self.door}"
+
     def __str__(self) -> str:
-        lengths = "dynamic" if self.dynamic else "static"
-        parts = (self.architecture.name, self.spelling, self.situation.name, lengths, self.door)
+        parts = (
+            self.architecture.name,
+            self.spelling,
+            self.situation.name,
+            self.lengths,
+            self.door,
+        )
         return " / ".join(parts)
 
 

@@ -65,7 +65,7 @@ def run_cell(cell: Cell, references: References | None = None) -> Row:
         family=cell.architecture.family,
         spelling=cell.spelling,
         situation=cell.situation.name,
-        lengths="dynamic" if cell.dynamic else "static",
+        lengths=cell.lengths,
         door=cell.door,
     )
     started = time.perf_counter()
