@@ -3,7 +3,7 @@
 
 export TORCH PYTHON VENV JOBS
 
-.PHONY: setup demo lint types test test-gpu examples bench check
+.PHONY: setup demo lint types test test-gpu models examples bench check
 
-setup demo lint types test test-gpu examples bench check:
+setup demo lint types test test-gpu models examples bench check:
 	@bash .ci/task $@
