@@ -17,6 +17,7 @@ from zoo import doors
 from zoo.architecture import Architecture, Door
 from zoo.cell import Cell, Row, cells_of
 from zoo.reference import Answer, answer, build, fresh
+from zoo.wrappers import WithStaticCache
 
 
 class References:
@@ -169,7 +170,7 @@ def _failure_without_us(cell: Cell, model: nn.Module, answers: Sequence[Answer])
 
 
 def _compiled(cell: Cell, model: nn.Module, first: Answer, *, sparse: bool) -> doors.Compiled:
-    """Return the wrapped model behind its door; every call finds buffers as they were."""
+    """Return the wrapped model behind its door; every call finds its cache as it was."""
     module = cell.situation.wrap(model, cell.door)
     if cell.door == "dynamo":
         compile_module = doors.compile_sparse if sparse else doors.compile_plain
@@ -183,6 +184,8 @@ def _compiled(cell: Cell, model: nn.Module, first: Answer, *, sparse: bool) -> d
     before = {name: buffer.clone() for name, buffer in owner.named_buffers()}
 
     def call(inputs: dict[str, Any]) -> Tensor:
+        if isinstance(module, WithStaticCache):
+            module.forget_calls()
         result = compiled(fresh(inputs))
         for name, buffer in owner.named_buffers():
             if name in before:

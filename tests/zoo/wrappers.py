@@ -67,12 +67,19 @@ class WithStaticCache(nn.Module):
         if prefix is not None:
             with torch.no_grad():
                 model(input_ids=prefix, past_key_values=self.cache, use_cache=True)
-        self.names = []
+        self.names, self.numbers = [], []
         for number, layer in enumerate(self.cache.layers):
             for name, value in vars(layer).items():
                 if isinstance(value, Tensor):
                     self.register_buffer(f"{name}_{number}", value, persistent=False)
                     self.names.append((number, name))
+                elif isinstance(value, int):
+                    self.numbers.append((number, name, value))
+
+    def forget_calls(self) -> None:
+        """Set counters that layers keep as Python numbers back to the end of the prefix."""
+        for number, name, value in self.numbers:
+            setattr(self.cache.layers[number], name, value)
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
         if self.exported:
