@@ -57,6 +57,17 @@ def test_vision_transformer_runs_sparse_in_all_directions():
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("lora", [False, True], ids=["weights", "adapters"])
+def test_finetune_sparse_trains_model_and_gates(lora):
+    if lora:
+        pytest.importorskip("peft")
+    results = load("finetune_sparse").main(length=384, steps=8, lora=lora)
+    assert results["task"] < 0.97
+    assert results["gate"] < 0.9
+    assert results["sparse"] == 1.0
+
+
+@pytest.mark.slow
 def test_hf_causal_lm_continues_a_long_prompt(tmp_path):
     text = load("hf_causal_lm").main(
         length=512, steps=3, new_tokens=4, gates=tmp_path / "gates.safetensors"
