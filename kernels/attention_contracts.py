@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from seer_compile.errors import RangeError, ShapeError
-from seer_compile.kernels import blockwise, gated_attention
+from seer_compile.kernels import blockwise, engines, gated_attention
 from seer_compile.kernels.checks import (
     BUDGET_DTYPES,
     SELECTOR_NAMES,
@@ -72,10 +72,8 @@ def block_sparse_attention(
 def _(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor]:
-    from seer_compile.kernels.triton import attention_forward as kernel
-
     _check(query, key, value, indices, counts, *rest)
-    return kernel.launch(query, key, value, indices, counts, *rest)
+    return engines.forward(query, key, value, indices, counts, *rest)
 
 
 @block_sparse_attention.register_fake

@@ -1,0 +1,122 @@
+"""Which kernel answers block-sparse attention on a GPU: chosen by name, counted, never guessed.
+
+``portable`` is the Triton kernel for every GPU; ``hopper`` is built for compute capability 9.0 and
+does not take every call. ``auto`` is :data:`AUTO_ENGINE`.
+
+Example:
+    >>> with attention_engine("portable"):
+    ...     pass
+"""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from seer_compile.errors import SeerWarning, VersionUnsupportedError
+from seer_compile.kernels.checks import check_choice
+
+ENGINES = ("auto", "portable", "hopper")
+
+AUTO_ENGINE = "portable"
+"""What ``auto`` means. ``hopper`` was compiled for sm_90a and played on the CPU in many orders of
+events, but has not run on a GPU: it takes over on Hopper when ``benchmarks/engines.py`` has passed
+there and it is the faster one."""
+
+_chosen: ContextVar[str] = ContextVar("attention_engine", default="auto")
+_lock = threading.Lock()
+_answers: Counter[str] = Counter()
+
+
+class EngineFallbackWarning(SeerWarning):
+    """A call went to the portable kernel although another was asked for; the text says why."""
+
+
+@contextmanager
+def attention_engine(name: str) -> Iterator[None]:
+    """Choose the kernel of block-sparse attention for the calls of this thread inside the block.
+
+    A choice, not a property of a graph: it holds for compiled graphs and for whole models too, as
+    PyTorch's ``sdpa_kernel`` does for dense attention. On the CPU it changes nothing.
+
+    Args:
+        name: ``auto``, ``portable`` or ``hopper``.
+
+    Raises:
+        RangeError: Another name.
+    """
+    check_choice("engine", name, ENGINES)
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
+
+
+def answers() -> dict[str, int]:
+    """Return calls per engine; ``portable:`` and a reason where ``hopper`` did not take one."""
+    with _lock:
+        return dict(_answers)
+
+
+def reset() -> None:
+    """Forget the counts."""
+    with _lock:
+        _answers.clear()
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
+    """Compute block-sparse attention; arguments as the operator's.
+
+    Raises:
+        VersionUnsupportedError: ``hopper`` was chosen and this Triton lacks what it is written in.
+    """
+    from seer_compile.kernels.triton import attention_forward as portable
+
+    engine = _chosen.get()
+    if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
+        _count("portable")
+        return portable.launch(query, key, value, *rest)
+    hopper = _import_hopper()
+    query_block, key_block = rest[3:5]
+    reason = hopper.obstacle(query, key, value, query_block, key_block)
+    if reason is None:
+        _count("hopper")
+        return hopper.launch(query, key, value, *rest)
+    _count(f"portable:{reason}")
+    if engine != "auto":
+        warnings.warn(
+            f"The hopper engine does not take this call, the portable one does: {reason}",
+            EngineFallbackWarning,
+            stacklevel=2,
+        )
+    return portable.launch(query, key, value, *rest)
+
+
+def _count(answer: str) -> None:
+    with _lock:
+        _answers[answer] += 1
+
+
+def _import_hopper() -> ModuleType:
+    """Import the Hopper engine, which is written in a part of Triton that still changes."""
+    try:
+        from seer_compile.kernels.triton import hopper_attention
+    except (ImportError, AttributeError) as error:
+        import triton
+
+        raise VersionUnsupportedError(
+            argument="triton",
+            got=triton.__version__,
+            expected="3.6 to 3.9, whose Gluon the hopper engine is written in",
+            hint="Choose the portable engine.",
+        ) from error
+    return hopper_attention

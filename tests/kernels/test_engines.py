@@ -1,0 +1,133 @@
+"""Which kernel answers: the choice, its counts, and what the Hopper engine does not take."""
+
+from __future__ import annotations
+
+import builtins
+import threading
+
+import pytest
+import torch
+
+from seer_compile.errors import RangeError, VersionUnsupportedError
+from seer_compile.kernels import engines
+
+pytest.importorskip("triton")
+
+from seer_compile.kernels.triton import attention_forward, hopper_attention
+
+
+@pytest.fixture(autouse=True)
+def _fresh_counts():
+    engines.reset()
+    yield
+    engines.reset()
+
+
+@pytest.fixture
+def launched(monkeypatch):
+    """Replace both launches by notes of who was called."""
+    calls = []
+    for name, module in (("portable", attention_forward), ("hopper", hopper_attention)):
+        monkeypatch.setattr(module, "launch", lambda *_, name=name: calls.append(name))
+    return calls
+
+
+def call(dim=128, dtype=torch.bfloat16, blocks=(64, 64), query=None):
+    query = torch.zeros(1, 2, 64, dim, dtype=dtype) if query is None else query
+    other = torch.zeros(1, 2, 64, dim, dtype=dtype)
+    lists = torch.zeros(1, 2, 1, 1, dtype=torch.int32), torch.zeros(1, 2, 1, dtype=torch.int32)
+    return engines.forward(query, other, other, *lists, 0.1, *blocks)
+
+
+def test_auto_is_the_portable_engine_until_the_other_has_run(launched):
+    call()
+    assert launched == ["portable"] == [engines.AUTO_ENGINE]
+    assert engines.answers() == {"portable": 1}
+
+
+def test_a_choice_holds_inside_the_block_and_in_its_thread_only(launched):
+    with engines.attention_engine("hopper"):
+        call()
+        with engines.attention_engine("portable"):
+            call()
+        call()
+        thread = threading.Thread(target=call)
+        thread.start()
+        thread.join()
+    call()
+    assert launched == ["hopper", "portable", "hopper", "portable", "portable"]
+    assert engines.answers() == {"hopper": 2, "portable": 3}
+
+
+def test_a_choice_ends_with_an_error(launched):
+    with pytest.raises(ZeroDivisionError), engines.attention_engine("hopper"):
+        raise ZeroDivisionError
+    call()
+    assert launched == ["portable"]
+
+
+def test_an_unknown_engine_is_refused_by_name():
+    with pytest.raises(RangeError, match="engine"), engines.attention_engine("fast"):
+        pass
+
+
+STRIDED = torch.zeros(1, 2, 64, 256, dtype=torch.bfloat16)[..., ::2]
+REPEATED = torch.zeros(1, 1, 64, 128, dtype=torch.bfloat16).expand(1, 2, 64, 128)
+SHIFTED = torch.zeros(1 + 2 * 64 * 128, dtype=torch.bfloat16)[1:].view(1, 2, 64, 128)
+NARROW = torch.zeros(1, 2, 64, 132, dtype=torch.bfloat16)[..., :128]
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 80}, "head dims 80 and 80"),
+        ({"dtype": torch.float32}, "dtype torch.float32"),
+        ({"blocks": (32, 64)}, "blocks of 32 x 64 tokens"),
+        ({"blocks": (64, 96)}, "blocks of 64 x 96 tokens"),
+        ({"query": STRIDED}, "query has no contiguous last axis"),
+        ({"query": REPEATED}, "query has a stride of 0 elements"),
+        ({"query": SHIFTED}, "query does not begin at a multiple of 16 bytes"),
+        ({"query": NARROW}, "query has a stride of 132 elements"),
+    ],
+)
+def test_what_the_hopper_engine_does_not_take_is_answered_portably_and_aloud(
+    change, reason, launched
+):
+    warned = pytest.warns(engines.EngineFallbackWarning, match=reason)
+    with engines.attention_engine("hopper"), warned:
+        call(**change)
+    assert launched == ["portable"]
+    assert engines.answers() == {f"portable:{reason}": 1}
+
+
+@pytest.mark.parametrize("blocks", [(64, 64), (128, 64), (64, 128), (256, 256)])
+@pytest.mark.parametrize("dim", [64, 128, 256])
+def test_the_hopper_engine_takes_the_usual_shapes(dim, blocks, launched):
+    tokens_first = torch.zeros(1, 64, 2, dim, dtype=torch.float16).transpose(1, 2)
+    with engines.attention_engine("hopper"):
+        call(dim=dim, blocks=blocks, dtype=torch.float16, query=tokens_first)
+    assert launched == ["hopper"]
+
+
+def test_an_axis_of_one_entry_may_have_any_stride(launched):
+    query = torch.zeros(64 * 128, dtype=torch.bfloat16).as_strided((1, 1, 64, 128), (3, 1, 128, 1))
+    with engines.attention_engine("hopper"):
+        call(query=query)
+    assert launched == ["hopper"]
+    described = hopper_attention._describe(query)
+    assert [stride * 2 % 16 for stride in described.strides[:3]] == [0, 0, 0]
+
+
+def test_a_triton_without_gluon_is_named(monkeypatch):
+    load = builtins.__import__
+
+    def fail(name, *rest, **options):
+        if name == "seer_compile.kernels.triton" and "hopper_attention" in (rest[2] or ()):
+            raise AttributeError("no warpgroup_mma")
+        return load(name, *rest, **options)
+
+    monkeypatch.setattr(builtins, "__import__", fail)
+    unavailable = pytest.raises(VersionUnsupportedError, match="portable engine")
+    with engines.attention_engine("hopper"), unavailable as raised:
+        call()
+    assert isinstance(raised.value.__cause__, AttributeError)
