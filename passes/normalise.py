@@ -24,6 +24,7 @@ from torch.fx.experimental.proxy_tensor import get_proxy_mode, make_fx
 
 from seer_compile.passes.inline_bodies import REGION
 from seer_compile.passes.open_fused_layers import FusedLayerOpener
+from seer_compile.passes.open_transforms import open_transforms
 
 _KEPT_METADATA = ("grapharg", "tensor_dict", "example_value", "stack_trace")
 
@@ -50,7 +51,7 @@ def normalise(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
 
     def run(*args: Any) -> Any:
         with contextlib.ExitStack() as contexts:
-            return _Tracer(graph_module, contexts).run(*args)
+            return _Tracer(opened, contexts).run(*args)
 
     trace = make_fx(
         run,
@@ -60,6 +61,7 @@ def normalise(graph_module: GraphModule, example_inputs: Sequence[Any]) -> Graph
         _error_on_data_dependent_ops=True,
     )
     with _tracing_state(mode):
+        opened = open_transforms(graph_module)
         normalised = trace(*fakes)
     fresh = [node for node in normalised.graph.nodes if node.op == "placeholder"]
     for new, old in zip(fresh, placeholders, strict=True):
