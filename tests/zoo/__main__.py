@@ -1,8 +1,9 @@
 """Run the whole matrix and write the catalogue: ``make models``.
 
 ``python -m zoo --rows FILE`` keeps rows in a file and skips the cells that it has, so that the run
-can be done in pieces. ``--ways`` leaves out ways into the compiler; the page says which it is
-about. ``--only`` runs some architectures and writes no page.
+can be done in pieces. ``--ways`` leaves out ways into the compiler and ``--minutes`` sets an end;
+the page says how many cells of each way it is about. ``--only`` runs some architectures and writes
+no page.
 """
 
 from __future__ import annotations
@@ -11,9 +12,12 @@ import argparse
 import dataclasses
 import importlib.metadata
 import importlib.util
+import itertools
 import json
+import math
 import os
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--ways", default=";".join(WAYS), help=f"separated by semicolons, of: {'; '.join(WAYS)}"
     )
+    parser.add_argument("--minutes", type=float, default=math.inf, help="start no cell after")
     parser.add_argument("--rows", type=Path, help="where rows are kept (JSON lines)")
     options = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -42,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         cell for name in chosen if name not in absent for cell in cells_of(ARCHITECTURES[name])
     ]
     cells = [cell for cell in cells if cell.way in options.ways.split(";")]
-    rows = _run(cells, options.rows)
+    rows = _run(cells, options.rows, options.minutes)
     failures = [row for row in rows if not row.passes]
     run = catalogue.totals(rows)
     _say(f"{run.architectures} architectures, {run.cells} cells: {dict(run.outcomes)}")
@@ -68,10 +73,13 @@ def versions() -> dict[str, str]:
     }
 
 
-def _run(cells: Sequence[Cell], path: Path | None) -> list[Row]:
-    known = _known_rows(path)
-    fresh = run_cells(cell for cell in cells if str(cell) not in known)
-    for row in fresh:
+def _run(cells: Sequence[Cell], path: Path | None, minutes: float) -> list[Row]:
+    known, end = _known_rows(path), time.monotonic() + 60 * minutes
+    missing = [cell for cell in cells if str(cell) not in known]
+    # The first spelling of every architecture, then the others: time may run out.
+    missing.sort(key=lambda cell: cell.architecture.spellings.index(cell.spelling))
+    in_time = itertools.takewhile(lambda _: time.monotonic() < end, missing)
+    for row in run_cells(in_time):
         known[row.name] = row
         if path is not None:
             with path.open("a") as file:
@@ -79,7 +87,7 @@ def _run(cells: Sequence[Cell], path: Path | None) -> list[Row]:
         if not row.passes or row.missed:
             kind = "missed" if row.passes else row.outcome
             _say(f"{kind}: {row.name}: {row.sparse} of {row.counted} {row.reasons} {row.note}")
-    return [known[str(cell)] for cell in cells]
+    return [known[str(cell)] for cell in cells if str(cell) in known]
 
 
 def _known_rows(path: Path | None) -> dict[str, Row]:

@@ -120,8 +120,7 @@ def render(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(row.family, []).append(row)
-    ways = dict.fromkeys(f"{row.lengths} {row.door}" for row in rows)
-    lines = [*_introduction(run, versions, list(ways))]
+    lines = [*_introduction(run, versions, Counter(f"{row.lengths} {row.door}" for row in rows))]
     for family, members in families.items():
         names = len({row.architecture for row in members})
         lines += ["", f"## {family.capitalize()} ({names})", "", _line(HEADER)]
@@ -131,7 +130,8 @@ def render(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _introduction(run: Totals, versions: Mapping[str, str], ways: Sequence[str]) -> list[str]:
+def _introduction(run: Totals, versions: Mapping[str, str], ways: Mapping[str, int]) -> list[str]:
+    taken = ", ".join(f"{way} {count} cells" for way, count in ways.items())
     listed = ", ".join(f"{name} {version}" for name, version in versions.items())
     outcomes = ", ".join(f"{count} {name}" for name, count in sorted(run.outcomes.items()))
     return [
@@ -144,7 +144,7 @@ def _introduction(run: Totals, versions: Mapping[str, str], ways: Sequence[str])
         "them. *Sites* are counted in the running model, without our finder.",
         "",
         f"Versions: {listed}.",
-        f"Ways: {', '.join(ways)}; `dynamo` is `torch.compile`, `export` `seer_compile.export`.",
+        f"Ways: {taken}. `dynamo` is `torch.compile`, `export` is `seer_compile.export`.",
         "",
         f"- {run.architectures} architectures, {run.cells} cells: {outcomes}. *Unavailable* are "
         "cells that PyTorch",
