@@ -78,6 +78,11 @@ class Compiled:
         return int(re.findall(r"STACK:(\d+)", self.tool("cuobjdump", "-res-usage"))[-1])
 
     @property
+    def local_memory(self) -> int:
+        """Instructions that read or write local memory, as spills do."""
+        return len(re.findall(r"\b(?:LDL|STL)\b", self.sass))
+
+    @property
     def sass(self) -> str:
         """The machine code."""
         return self.tool("cuobjdump", "--dump-sass")

@@ -171,18 +171,25 @@ def _begin_values(operands, value_ring, slot, phase, accumulator, TILES: gl.cons
 
 
 @gluon.jit
-def _end_values(token, operands, value_ring, slot, TILES: gl.constexpr):
+def _end_values(token, operands, following, value_ring, slot, TILES: gl.constexpr):
     """Wait for all products and free the slot of the values.
 
-    The operands are named because the products read their registers until then.
+    The operands are named because the products read their registers until then, and those that
+    follow because the compiler would otherwise make them after the wait instead of behind it.
     """
     first, second = operands
+    next_first, next_second = following
     if TILES == 2:
-        accumulator, first, second = hopper.warpgroup_mma_wait(0, deps=(token, first, second))
+        accumulator, first, second, next_first, next_second = hopper.warpgroup_mma_wait(
+            0, deps=(token, first, second, next_first, next_second)
+        )
     else:
-        accumulator, first = hopper.warpgroup_mma_wait(0, deps=(token, first))
+        accumulator, first, next_first = hopper.warpgroup_mma_wait(
+            0, deps=(token, first, next_first)
+        )
+        next_second = next_first
     mbarrier.arrive(value_ring[2].index(slot), count=1)
-    return accumulator
+    return accumulator, (next_first, next_second)
 
 
 @gluon.jit
@@ -224,11 +231,12 @@ def attend_whole(
             first, second, running_max, running_sum, qk_scale, TILES
         )
         following = as_operand(first, dtype, layout), as_operand(second, dtype, layout)
-        accumulator = _end_values(added, operands, value_ring, value_slot, TILES)
+        accumulator, operands = _end_values(
+            added, operands, following, value_ring, value_slot, TILES
+        )
         accumulator = scale_rows(accumulator, rescale)
-        operands = following
         value_slot, value_phase = slot, phase
         slot, phase = next_slot(slot, phase, STAGES)
     added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, TILES)
-    accumulator = _end_values(added, operands, value_ring, value_slot, TILES)
+    accumulator, operands = _end_values(added, operands, operands, value_ring, value_slot, TILES)
     return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)

@@ -1,0 +1,53 @@
+"""The bench of engines outlives a kernel that waits for ever, and one that ends its process."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton")
+
+sys.path[:0] = [str(Path(__file__).parents[3] / "benchmarks")]
+
+WORKER = """
+import json, os, sys, time
+for job in json.loads(sys.argv[2]):
+    if job == "hang":
+        time.sleep(60)
+    if job == "die":
+        os._exit(3)
+    print("a line of no concern")
+    print("ROWS " + json.dumps([{"did": job}]), flush=True)
+"""
+
+
+def test_jobs_after_a_hang_and_a_death_run_all_the_same(tmp_path):
+    from engines import supervise
+
+    program = tmp_path / "worker.py"
+    program.write_text(WORKER)
+    jobs = ["first", "hang", "second", "die", "third"]
+    rows = dict(supervise(jobs, 3.0, str(program)))
+    assert list(rows) == jobs
+    assert [rows[name] for name in ("first", "second", "third")] == [
+        [{"did": name}] for name in ("first", "second", "third")
+    ]
+    assert rows["hang"] == [{"failed": "nothing for 3.0 s: killed"}]
+    assert rows["die"] == [{"failed": "the process ended with 3"}]
+
+
+def test_every_tiling_of_the_table_is_checked_and_timed():
+    from engines import TILINGS, check_jobs, time_jobs
+
+    from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper_tiling
+
+    shared = {"per head": (8, 64), "per group": (2, 64), "128 rows": (8, 128)}
+    checked = {job["tiling"] for job in check_jobs(1)}
+    timed = {job["tiling"] for job in time_jobs(False) if job["kind"] == "time"}
+    for sharing, (selections, query_block) in shared.items():
+        for dim, tilings in TILINGS[sharing].items():
+            table = hopper_tiling(head_layout(8, 2, selections), query_block, dim)
+            assert HopperTiling(*tilings[0]) == table
+            assert set(tilings) <= checked & timed
