@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import contextlib
 import json
 import multiprocessing
 import os
@@ -273,12 +274,16 @@ def supervise(
             if line.startswith("ROWS "):
                 yield jobs.pop(0), json.loads(line[5:])
         worker.kill()
+        # A process whose kernel hangs may take long to go; the next one need not wait for it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            worker.wait(timeout=30)
 
 
 def _drain(worker: subprocess.Popen, lines: queue.Queue[str | None]) -> None:
     assert worker.stdout is not None
-    for line in worker.stdout:
-        lines.put(line)
+    with worker.stdout:
+        for line in worker.stdout:
+            lines.put(line)
     lines.put(None)
 
 
