@@ -187,9 +187,8 @@ def read(text: str) -> dict[tuple[str, str, str], Entry]:
     """Return the lines of a page by architecture, spelling and situation."""
     found = {}
     for line in text.splitlines():
-        cells = [cell.strip() for cell in line.strip("| ").split(" | ")]
-        cells += [""] * (len(HEADER) - len(cells))
-        if line.startswith("| ") and len(cells) == len(HEADER) and cells[3].isdigit():
-            entry = Entry(*cells)
+        cells = re.split(r"(?<!\\)\|", line)[1:-1]
+        if len(cells) == len(HEADER) and re.fullmatch(r"[\d /]+", cells[3]):
+            entry = Entry(*(cell.strip().replace("\\|", "|") for cell in cells))
             found[entry.key] = entry
     return found

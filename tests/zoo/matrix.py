@@ -89,6 +89,9 @@ def _fill(row: Row, cell: Cell, references: References) -> None:
         return
     model = references.model(cell.architecture, cell.spelling)
     row.counted = answers[0].sites
+    if row.counted != cell.architecture.sites:
+        row.note = f"{row.counted} sites ran, the configuration has {cell.architecture.sites}"
+        return
     row.barred = row.counted if cell.situation.decodes else sum(cell.architecture.barred.values())
     try:
         trial = _try_sparse(cell, model, answers)
