@@ -31,6 +31,7 @@ from seer_compile.errors import (
     NonFiniteGateError,
 )
 from seer_compile.gate_store import GateStore
+from seer_compile.wrappers import base_parameters, unwrap
 
 SCHEMA = 1
 GATE_TENSORS = ("query_weight", "key_weight", "budget")
@@ -59,8 +60,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     Weights are sampled, not hashed, so that the same model in another precision is recognised.
 
     Args:
-        model: The base model; wrappers by ``torch.compile`` and ``DistributedDataParallel`` are
-            looked through, and gates are left out.
+        model: The base model; wrappers are looked through, gates and adapters are left out.
 
     Returns:
         Plain data: architecture, layers, heads, rope parameters, parameter count, and a few values
@@ -72,7 +72,7 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
     facts = {name: getattr(text_config, name, None) for name in _CONFIG_FIELDS}
     weights = [
         (name, weight)
-        for name, weight in model.named_parameters()
+        for name, weight in base_parameters(model)
         if "seer_gates." not in name and not weight.is_meta and weight.is_floating_point()
     ]
     chosen = weights[:: max(1, math.ceil(len(weights) / _SAMPLED_WEIGHTS))]
@@ -82,17 +82,6 @@ def fingerprint(model: nn.Module) -> dict[str, Any]:
         "parameters": sum(weight.numel() for _, weight in weights),
         "weights": {name: _sample(weight) for name, weight in chosen if weight.numel()},
     }
-
-
-def unwrap(model: nn.Module) -> nn.Module:
-    """Return the module under ``torch.compile`` and data-parallel wrappers."""
-    while True:
-        inner = getattr(model, "_orig_mod", None)
-        if inner is None and type(model).__name__ in ("DistributedDataParallel", "DataParallel"):
-            inner = model.module
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def save_gates(

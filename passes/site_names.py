@@ -15,6 +15,8 @@ from collections.abc import Sequence
 from torch import nn
 from torch.fx import Node
 
+from seer_compile.wrappers import plain_name, unwrap
+
 _FRAME_PREFIX = re.compile(r"^(L\['[^']+'\]|L__[a-z]+__|G\['[^']+'\])\.?")
 _CONTAINER = re.compile(r"\._?(?:modules)\['([^']+)'\]|\['([^']+)'\]|\[(\d+)\]")
 _CALL_COUNT = re.compile(r"@\d+")
@@ -25,14 +27,21 @@ class SiteNames:
     """Names nodes after the module that they were traced in.
 
     Args:
-        root: The user's model; None where it is unknown (a bare ``torch.compile``).
+        root: The user's model, names are relative to what is under its wrappers; None where it is
+            unknown (a bare ``torch.compile``).
+        frame: Name of the module whose forward the graph was captured from, if not the root's.
     """
 
-    def __init__(self, root: nn.Module | None = None) -> None:
+    def __init__(self, root: nn.Module | None = None, frame: str = "") -> None:
         self.root = root
+        self._frame = frame or ROOT_NAME
         self._names: dict[str, str] = {}
-        for name, module in root.named_modules() if root is not None else ():
-            self._names.setdefault(str(id(module)), name)
+        if root is None:
+            return
+        # Under a wrapper the model's own names come first: what a gate file stores.
+        for owner in (unwrap(root), root):
+            for name, module in owner.named_modules():
+                self._names.setdefault(str(id(module)), plain_name(name))
 
     def name(self, key: str | None, path: str = "") -> str:
         """Return the dotted name for one entry of a module stack; ``<root>`` for the model itself.
@@ -43,7 +52,7 @@ class SiteNames:
             path: Path text of the entry.
         """
         if key is None:
-            return ROOT_NAME
+            return self._frame
         # A fused layer that was written out names a child of the module it knows.
         identity, _, child = _CALL_COUNT.sub("", key).partition(".")
         known = self._names.get(identity)

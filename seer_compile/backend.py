@@ -106,6 +106,9 @@ class SeerBackend:
         if result is None or not result.rewritten:
             inner, settings = self.options.inner, self.settings
             return compile_graph(graph_module, example_inputs, inner, settings=settings)
+        from seer_compile.passes.frames import pin_frame
+
+        pin_frame(graph_module)
         compiled = compile_graph(
             result.graph_module,
             example_inputs,
@@ -131,12 +134,14 @@ class SeerBackend:
     ) -> PipelineResult | None:
         # Inside the function: the passes are needed by those who compile only.
         from seer_compile.passes import pipeline
+        from seer_compile.passes.frames import frame_name
         from seer_compile.passes.site_names import SiteNames
 
+        root = self._root() if self._root is not None else None
         try:
             result = pipeline.run(
                 graph_module,
-                names=SiteNames(self._root() if self._root is not None else None),
+                names=SiteNames(root, frame_name(graph_module, example_inputs, root)),
                 gates=self._gates(),
                 example_inputs=example_inputs,
                 options=pipeline.PipelineOptions(

@@ -161,11 +161,13 @@ class SiteRunner:
     ) -> Callable[..., Any]:
         """Rewrite a graph for this runner; called by Dynamo."""
         from seer_compile.passes import pipeline
+        from seer_compile.passes.frames import frame_name, pin_frame
         from seer_compile.passes.site_names import SiteNames
 
+        root = self._root()
         result = pipeline.run(
             graph_module,
-            names=SiteNames(self._root()),
+            names=SiteNames(root, frame_name(graph_module, example_inputs, root)),
             mode=pipeline.Mode(self.mode),
             handler=self._answerer,
             example_inputs=example_inputs,
@@ -173,6 +175,8 @@ class SiteRunner:
         self.records.append(GraphRecord(sites=result.summaries, seconds=result.timings))
         if self.mode == "discover":
             self.results.append(result)
+        if result.summaries:
+            pin_frame(graph_module)
         return result.graph_module.forward
 
     def _answerer(self) -> SiteHandler:
