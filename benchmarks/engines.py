@@ -50,34 +50,40 @@ from support.assertions import assert_no_worse_than_eager
 
 Job = dict[str, Any]
 
-# consumers, heads, tiles, stages, query in registers, programs, registers
+# consumers, heads, tiles, stages, query in registers, programs, registers, keys ahead
 TILINGS: dict[str, dict[int, list[tuple[Any, ...]]]] = {
     "per head": {
-        64: [(1, 1, 1, 6, True, 2, 128), (1, 1, 2, 3, True, 2, 128)],
+        64: [(1, 1, 1, 6, True, 2, 128, True), (1, 1, 2, 3, True, 2, 128, False)],
         128: [
-            (1, 1, 1, 3, True, 2, 128),
-            (1, 1, 1, 3, False, 2, 128),
-            (1, 1, 1, 3, True, 1 << 20, 128),
-            (1, 1, 2, 3, True, 1, 168),
+            (1, 1, 1, 3, True, 2, 128, True),
+            (1, 1, 1, 3, False, 2, 128, True),
+            (1, 1, 1, 3, True, 2, 128, False),
+            (1, 1, 1, 3, True, 1 << 20, 128, True),
+            (1, 1, 2, 3, True, 1, 168, False),
         ],
-        256: [(1, 1, 1, 2, False, 1, 168)],
+        256: [(1, 1, 1, 2, False, 1, 168, False)],
     },
     "per group": {
-        64: [(2, 2, 2, 5, True, 1, 168), (2, 2, 2, 3, True, 1, 168), (2, 2, 1, 6, True, 1, 168)],
-        128: [
-            (2, 2, 2, 3, True, 1, 168),
-            (2, 2, 2, 3, False, 1, 168),
-            (2, 2, 2, 2, True, 1, 168),
-            (2, 2, 1, 6, True, 1, 168),
-            (2, 2, 1, 6, False, 1, 168),
-            (2, 2, 2, 3, True, 1 << 20, 168),
+        64: [
+            (2, 2, 2, 5, True, 1, 168, False),
+            (2, 2, 2, 3, True, 1, 168, False),
+            (2, 2, 1, 6, True, 1, 168, True),
         ],
-        256: [(2, 2, 1, 2, False, 1, 168)],
+        128: [
+            (2, 2, 2, 3, True, 1, 168, False),
+            (2, 2, 1, 6, True, 1, 168, True),
+            (2, 2, 2, 3, False, 1, 168, False),
+            (2, 2, 1, 6, False, 1, 168, True),
+            (2, 2, 1, 6, True, 1, 168, False),
+            (2, 2, 2, 2, True, 1, 168, False),
+            (2, 2, 2, 3, True, 1 << 20, 168, False),
+        ],
+        256: [(2, 2, 1, 2, False, 1, 168, False)],
     },
     "128 rows": {
-        64: [(2, 1, 2, 5, True, 1, 168)],
-        128: [(2, 1, 2, 3, True, 1, 168), (2, 1, 1, 6, True, 1, 168)],
-        256: [(2, 1, 1, 2, False, 1, 168)],
+        64: [(2, 1, 2, 5, True, 1, 168, False)],
+        128: [(2, 1, 2, 3, True, 1, 168, False), (2, 1, 1, 6, True, 1, 168, True)],
+        256: [(2, 1, 1, 2, False, 1, 168, False)],
     },
 }
 """By how rows share key tiles, and head dim; the first of each is the tuning table's."""

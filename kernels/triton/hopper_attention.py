@@ -99,6 +99,7 @@ def _hopper_attention(
     TILES: gl.constexpr,
     NEGATE: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
+    KEYS_AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     query_ring = _make_ring(query_desc, 1, CONSUMERS, CONSUMERS)
@@ -126,7 +127,7 @@ def _hopper_attention(
                     rings, item_smem, meeting, plan, work, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
-                    QUERY_IN_REGISTERS, 0,
+                    QUERY_IN_REGISTERS, KEYS_AHEAD, 0,
                 )),
                 (produce, (
                     descriptors, rings, item_smem, plan, work, items, queue_ptr, PER_KEY_HEAD,
@@ -143,13 +144,13 @@ def _hopper_attention(
                     rings, item_smem, meeting, plan, work, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
-                    QUERY_IN_REGISTERS, 0,
+                    QUERY_IN_REGISTERS, KEYS_AHEAD, 0,
                 )),
                 (consume, (
                     rings, item_smem, meeting, plan, work, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
-                    QUERY_IN_REGISTERS, 1,
+                    QUERY_IN_REGISTERS, KEYS_AHEAD, 1,
                 )),
                 (produce, (
                     descriptors, rings, item_smem, plan, work, items, queue_ptr, PER_KEY_HEAD,
@@ -300,6 +301,7 @@ def launch(
             TILES=tiling.tiles,
             NEGATE=scale < 0,
             QUERY_IN_REGISTERS=tiling.query_in_registers,
+            KEYS_AHEAD=tiling.keys_ahead,
             CONSUMER_REGISTERS=240,
             num_warps=4,
             maxnreg=tiling.registers,

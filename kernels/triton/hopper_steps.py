@@ -240,3 +240,54 @@ def attend_whole(
     added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, TILES)
     accumulator, operands = _end_values(added, operands, operands, value_ring, value_slot, TILES)
     return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
+
+
+@gluon.jit
+def attend_whole_ahead(
+    query,
+    whole,
+    state,
+    cursor,
+    key_ring,
+    value_ring,
+    qk_scale,
+    STAGES: gl.constexpr,
+    NEGATE: gl.constexpr,
+):
+    """Do what :func:`attend_whole` does, the softmax of each tile behind the logits of the next.
+
+    Two tiles of logits are held instead of two of probabilities, so a slot holds one tile. The
+    products with values need the softmax, so no compiler can move it out from behind the logits.
+    All products end within a step: the assembler serialises those that it meets in flight at the
+    head of a loop.
+    """
+    accumulator, running_max, running_sum, spoilt_rows = state
+    slot, phase, meetings = cursor
+    dtype: gl.constexpr = value_ring[0].dtype
+    layout: gl.constexpr = accumulator.type.layout
+    tokens = _begin_logits(query, key_ring, slot, phase, 1)
+    values, _ = _end_logits(tokens, key_ring, slot, 0, 1, NEGATE)
+    value_slot, value_phase = slot, phase
+    slot, phase = next_slot(slot, phase, STAGES)
+    for _ in range(1, whole):
+        tokens = _begin_logits(query, key_ring, slot, phase, 1)
+        values, _, rescale, running_max, running_sum = softmax_whole(
+            values, values, running_max, running_sum, qk_scale, 1
+        )
+        operand = as_operand(values, dtype, layout)
+        accumulator = scale_rows(accumulator, rescale)
+        operands = (operand, operand)
+        added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, 1)
+        values, _ = _end_logits(tokens, key_ring, slot, 1, 1, NEGATE)
+        accumulator, operands = _end_values(added, operands, operands, value_ring, value_slot, 1)
+        value_slot, value_phase = slot, phase
+        slot, phase = next_slot(slot, phase, STAGES)
+    values, _, rescale, running_max, running_sum = softmax_whole(
+        values, values, running_max, running_sum, qk_scale, 1
+    )
+    operand = as_operand(values, dtype, layout)
+    accumulator = scale_rows(accumulator, rescale)
+    operands = (operand, operand)
+    added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, 1)
+    accumulator, operands = _end_values(added, operands, operands, value_ring, value_slot, 1)
+    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)

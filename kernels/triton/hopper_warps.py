@@ -32,7 +32,12 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
-from seer_compile.kernels.triton.hopper_steps import attend_masked, attend_whole, next_slot
+from seer_compile.kernels.triton.hopper_steps import (
+    attend_masked,
+    attend_whole,
+    attend_whole_ahead,
+    next_slot,
+)
 from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows
 
 # Triton 3.6 knows it under the second name.
@@ -193,6 +198,7 @@ def consume(
     TILES: gl.constexpr,
     NEGATE: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
+    KEYS_AHEAD: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """Attend for 64 query rows of every item."""
@@ -253,18 +259,23 @@ def consume(
             NEGATE,
         )
         if whole > 0:
-            state, cursor = attend_whole(
-                query,
-                whole,
-                state,
-                cursor,
-                key_ring,
-                value_ring,
-                qk_scale,
-                STAGES,
-                TILES,
-                NEGATE,
-            )
+            if KEYS_AHEAD:
+                state, cursor = attend_whole_ahead(
+                    query, whole, state, cursor, key_ring, value_ring, qk_scale, STAGES, NEGATE
+                )
+            else:
+                state, cursor = attend_whole(
+                    query,
+                    whole,
+                    state,
+                    cursor,
+                    key_ring,
+                    value_ring,
+                    qk_scale,
+                    STAGES,
+                    TILES,
+                    NEGATE,
+                )
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(0), count=1)
         head_row = (batch * heads + head).to(gl.int64)

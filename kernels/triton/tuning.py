@@ -125,6 +125,9 @@ class HopperTiling(NamedTuple):
     """Programs per multiprocessor."""
     registers: int
     """Registers per thread at entry; the copying warps hand most of theirs to the others."""
+    keys_ahead: bool = False
+    """Whether a softmax runs behind the logits of the next tile, not the values of the last; with
+    one tile per slot and two slots or more."""
 
 
 def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTiling:
@@ -139,20 +142,19 @@ def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTilin
         query_block: Tokens per query block, a multiple of 64.
         dim: Head dim: 64, 128 or 256.
     """
-    in_registers = dim <= 128
     if query_block % 128 == 0:
         consumers, heads = 2, 1
     elif math.gcd(layout.per_key_head, layout.per_selection) % 2 == 0:
         consumers, heads = 2, 2
     else:
         consumers, heads = 1, 1
+    in_registers, is_wide = dim <= 128, dim == 256
     if consumers == 2:
         tiles, stages = {64: (2, 5), 128: (2, 3), 256: (1, 2)}[dim]
-        return HopperTiling(consumers, heads, tiles, stages, in_registers, 1, 168)
+        return HopperTiling(2, heads, tiles, stages, in_registers, 1, 168)
     stages = {64: 6, 128: 3, 256: 2}[dim]
-    if dim == 256:
-        return HopperTiling(1, 1, 1, stages, in_registers, 1, 168)
-    return HopperTiling(1, 1, 1, stages, in_registers, 2, 128)
+    programs, registers = (1, 168) if is_wide else (2, 128)
+    return HopperTiling(1, 1, 1, stages, in_registers, programs, registers, not is_wide)
 
 
 class BackwardTiling(NamedTuple):

@@ -212,7 +212,10 @@ class Language:
         barrier = types.SimpleNamespace(
             init=lambda bar, count: bar.init(int(count)),
             expect=lambda bar, size: (machine.pause(), bar.expect(int(size))),
-            arrive=lambda bar, count=1: (machine.pause(), bar.arrive(int(count))),
+            arrive=lambda bar, count=1, pred=True: (
+                machine.pause(),
+                bar.arrive(int(count)) if pred else None,
+            ),
             wait=lambda bar, phase: machine.wait(bar, int(phase)),
             MBarrierLayout=lambda: None,
         )
@@ -222,6 +225,7 @@ class Language:
             "hopper": types.SimpleNamespace(
                 warpgroup_mma=self._multiply,
                 warpgroup_mma_wait=self._wait,
+                warpgroup_mma_init=lambda value: value,
                 fence_async_shared=machine.pause,
             ),
             "copy_tile": self._copy,
@@ -237,6 +241,7 @@ class Language:
             warp_specialize=self._specialize,
             atomic_add=_atomic_add,
             static_range=range,
+            static_assert=_assert,
             arange=lambda start, end, layout: Value(torch.arange(start, end), layout),
             full=lambda shape, fill, dtype, layout: Value(
                 torch.zeros(shape, dtype=DTYPES[dtype]) + raw(fill), layout
@@ -304,6 +309,10 @@ class Language:
                 value = Value(value.make(), value.layout)  # noqa: PLW2901
             results.append(value)
         return results[0] if len(results) == 1 else tuple(results)
+
+
+def _assert(condition: bool) -> None:
+    assert condition
 
 
 def _atomic_add(target: Pointer, amount: int, sem: str) -> Value:
