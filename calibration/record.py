@@ -16,8 +16,10 @@ from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SiteHandler, SiteInputs
 
-Run = Callable[[Any, SiteHandler], object]
-"""One forward of the frozen model on one batch, every provable site answered by the handler."""
+Run = Callable[[Any, SiteHandler], Any]
+"""One forward of the frozen model on one batch, every provable site answered by the handler.
+
+Returns what the model returns."""
 
 
 def split_batch(

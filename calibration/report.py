@@ -13,6 +13,7 @@ from typing import Any
 from seer_compile.budget_curve import BudgetCurve
 from seer_compile.calibration.budget import BlockMap, SiteTable
 from seer_compile.gate_store import GateStore
+from seer_compile.sensitivity import SensitivityCurve
 
 _SCHEMA = 1
 
@@ -46,6 +47,15 @@ class SiteReport:
     head_densities: tuple[float, ...]
     """Density per selection head at the chosen budget."""
     block_map: BlockMap
+    sensitivity: SensitivityCurve | None = None
+    """What the site's sparsity alone costs the model's output; None when not measured."""
+    divergence: float | None = None
+    """Of the model's output when this site alone has this density."""
+
+    @property
+    def last_loss(self) -> float:
+        """Loss of the last step that reached the site; NaN when none did."""
+        return next((loss for loss in reversed(self.losses) if loss is not None), math.nan)
 
     @property
     def closed_gap(self) -> float:
@@ -126,11 +136,11 @@ class CalibrationReport:
     def __str__(self) -> str:
         """Return a table of the sites."""
         width = max([4, *(len(site.name) for site in self.sites)])
-        lines = [f"{'site':<{width}}  budget  density    mass  oracle  control    loss"]
+        lines = [f"{'site':<{width}}  budget  density    mass  oracle  control    loss  divergence"]
         lines += [
             f"{site.name:<{width}}  {site.budget:6.4g}  {site.density:7.3f}  "
             f"{site.captured_mass:6.3f}  {site.oracle_mass:6.3f}  {site.control_mass:7.3f}  "
-            f"{_last(site.losses):6.4f}"
+            f"{site.last_loss:6.4f}  {show_divergence(site.divergence):>10}"
             for site in self.sites
         ]
         mean = f"{'mean':<{width}}  {'':6}  {self.density:7.3f}  {self.captured_mass:6.3f}"
@@ -191,12 +201,17 @@ def _site_report(
         control_mass=table.control.mass_at_density(length, density),
         head_densities=tuple(table.gate.interpolate(head, budget) for head in heads),
         block_map=table.block_map,
+        sensitivity=gate.sensitivity,
+        divergence=(
+            None if gate.sensitivity is None else float(gate.sensitivity.at(length, [density])[0])
+        ),
     )
+
+
+def show_divergence(divergence: float | None) -> str:
+    """Return a divergence for a table."""
+    return "-" if divergence is None else f"{divergence:.2g}"
 
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else math.nan
-
-
-def _last(losses: Sequence[float | None]) -> float:
-    return next((loss for loss in reversed(losses) if loss is not None), math.nan)

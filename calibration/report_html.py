@@ -5,10 +5,8 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from seer_compile.calibration.report import CalibrationReport, SiteReport
+from seer_compile.calibration.report import CalibrationReport, SiteReport, show_divergence
 
 _WIDTH, _HEIGHT, _MARGIN = 420, 260, 44
 _COLOURS = {"gate": "#1b6ac9", "oracle": "#2a8f4e", "sink + local": "#b4562b", "loss": "#1b6ac9"}
@@ -40,7 +38,9 @@ def render_html(report: CalibrationReport) -> str:
         f"mean captured mass <b>{report.captured_mass:.3f}</b>.</p>",
         "<p>Density is kept blocks / visible blocks. Captured mass is the share of the dense "
         "attention probability inside the selection. The oracle selects on the true map; the "
-        "control keeps the sink and a local window. Both are given at the gate's density.</p>",
+        "control keeps the sink and a local window. Both are given at the gate's density. "
+        "Divergence is that of the model's output when the site alone is sparse: the largest "
+        "ones cost most quality.</p>",
         _sites_table(report),
         "<h2>Mass against density</h2>",
         *(_curve_figure(site) for site in report.sites),
@@ -59,7 +59,17 @@ def render_html(report: CalibrationReport) -> str:
 def _sites_table(report: CalibrationReport) -> str:
     head = "".join(
         f"<th>{name}</th>"
-        for name in ("site", "budget", "density", "mass", "oracle", "control", "gap closed", "loss")
+        for name in (
+            "site",
+            "budget",
+            "density",
+            "mass",
+            "oracle",
+            "control",
+            "gap closed",
+            "loss",
+            "divergence",
+        )
     )
     rows = []
     for site in report.sites:
@@ -70,7 +80,8 @@ def _sites_table(report: CalibrationReport) -> str:
             f"{site.oracle_mass:.4f}",
             f"{site.control_mass:.4f}",
             f"{site.closed_gap:.0%}",
-            f"{_last(site.losses):.4f}",
+            f"{site.last_loss:.4f}",
+            show_divergence(site.divergence),
         )
         cells = "".join(f"<td>{number}</td>" for number in numbers)
         rows.append(f"<tr><td>{html.escape(site.name)}</td>{cells}</tr>")
@@ -185,7 +196,3 @@ def _shade(value: float) -> str:
     # The square root shows small shares, of which maps mostly consist.
     depth = math.sqrt(min(max(value, 0.0), 1.0))
     return f"rgb({round(245 - 218 * depth)},{round(247 - 141 * depth)},{round(250 - 49 * depth)})"
-
-
-def _last(losses: Sequence[float | None]) -> float:
-    return next((loss for loss in reversed(losses) if loss is not None), math.nan)

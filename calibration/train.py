@@ -19,13 +19,15 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from seer_compile.budget_curve import Allocation, check_fraction
+from seer_compile.allocation import Allocation, choose_allocation
+from seer_compile.budget_curve import check_fraction
 from seer_compile.calibration import checkpoint as checkpoints
 from seer_compile.calibration import distributed
 from seer_compile.calibration.budget import tabulate
 from seer_compile.calibration.interruption import Interruption
 from seer_compile.calibration.record import BatchStream, Run, dense_answer, gate_of
 from seer_compile.calibration.report import CalibrationReport, build_report
+from seer_compile.calibration.sensitivity import measure_sensitivity
 from seer_compile.calibration.site_trainer import GateTrainer, no_site
 from seer_compile.config import CalibrationConfig
 from seer_compile.config_json import config_to_json
@@ -58,7 +60,7 @@ def fit(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
-    allocation: Allocation = "uniform",
+    allocation: Allocation | None = None,
     curve_data: Iterable[Any] = (),
     model: Mapping[str, Any] | None = None,
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -80,7 +82,8 @@ def fit(
         mass: Choose budgets that capture this share of the attention mass at every site; 0.95
             when no target is given.
         max_error: Choose budgets whose relative L2 error of a site's output stays within this.
-        allocation: How sites share an average density.
+        allocation: How sites share an average density; see
+            :func:`seer_compile.allocation.allocate`.
         curve_data: More held-out batches, for the curves only: longer ones need no training.
         model: Fingerprint of the model, so that a checkpoint of another model is refused.
         checkpoint_dir: Where checkpoints go and are looked for.
@@ -107,17 +110,22 @@ def fit(
         session.resume()
         with Interruption(enabled=checkpoint_dir is not None) as interruption:
             _train(run, session, interruption, progress=progress)
-            held_out = [*stream.holdout, *curve_data]
+            longer = tuple(curve_data)
             tables = tabulate(
                 run,
                 store,
-                held_out,
+                (*stream.holdout, *longer),
                 measure_errors=targets.max_error is not None,
                 progress=progress,
+            )
+            some = config.sensitivity_batches
+            sensitivities = measure_sensitivity(
+                run, store, (*stream.holdout[:some], *longer[:some]), progress=progress
             )
         for name, table in tables.items():
             gate = trainer.gate(name)
             gate.is_trained, gate.curve = True, table.gate
+            gate.sensitivity = sensitivities.get(name)
         store.set_budget(**targets._asdict(), allocation=allocation)
         store.set_mode(True)
         return build_report(
@@ -126,7 +134,9 @@ def fit(
             losses=trainer.loss_history(),
             config=dataclasses.asdict(config),
             target={name: value for name, value in targets._asdict().items() if value is not None},
-            allocation=allocation,
+            allocation=choose_allocation(
+                allocation, {name: sensitivities.get(name) for name in tables}
+            ),
         )
 
 
@@ -154,8 +164,9 @@ class _Session:
     ) -> None:
         self.trainer, self.stream, self.directory = trainer, stream, directory
         training = dataclasses.asdict(trainer.config)
-        # How often to save changes nothing of the result.
-        del training["checkpoint_every"]
+        # How often to save, and what is measured afterwards, changes nothing of the weights.
+        for name in ("checkpoint_every", "sensitivity_batches"):
+            del training[name]
         self.identity = {
             "training": training,
             "gates": config_to_json(trainer.store.config),
@@ -306,6 +317,7 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
         name: (
             {key: value.clone() for key, value in gate.state_dict().items()},
             gate.curve,
+            gate.sensitivity,
             gate.is_trained,
         )
         for name, gate in store.items()
@@ -317,7 +329,7 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
             if name not in before:
                 gate.reset()
                 continue
-            state, gate.curve, gate.is_trained = before[name]
+            state, gate.curve, gate.sensitivity, gate.is_trained = before[name]
             gate.load_state_dict(state)
         store.write_metadata()
         raise

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from torch import Tensor, nn
 
+from seer_compile.allocation import Allocation
 from seer_compile.backend import BackendOptions
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.errors import DtypeError, NothingOptimizedError
@@ -109,6 +110,7 @@ def calibrate(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
+    allocation: Allocation | None = None,
     curve_data: Iterable[Any] = (),
     checkpoint_dir: str | os.PathLike[str] | None = None,
     progress: bool = True,
@@ -126,6 +128,8 @@ def calibrate(
         mass: Target share of the attention mass to capture at every site, in (0, 1]; 0.95 when no
             target is given.
         max_error: Target relative L2 error of a site's output, in (0, 1].
+        allocation: How sites share a density: ``uniform``, ``sensitivity``, ``equal_marginal`` or
+            ``equal_budget``; None is the best that was measured.
         curve_data: More held-out batches on which budgets are measured and nothing is trained, such
             as sequences longer than those in ``data``.
         checkpoint_dir: Where to keep checkpoints; an interrupted call goes on from the last one.
@@ -144,9 +148,9 @@ def calibrate(
     base = session.model
     device = device_of(base)
 
-    def run(batch: Any, handler: SiteHandler) -> None:
+    def run(batch: Any, handler: SiteHandler) -> Any:
         args, kwargs = record.split_batch(batch, device=device)
-        run_with_handler(base, args, kwargs, handler)
+        return run_with_handler(base, args, kwargs, handler)
 
     with session.gates_may_change(), session.uncounted(), evaluation_mode(base):
         session.store.requires_grad_(True)
@@ -158,6 +162,7 @@ def calibrate(
             density=density,
             mass=mass,
             max_error=max_error,
+            allocation=allocation,
             curve_data=curve_data,
             model=storage.fingerprint(base),
             checkpoint_dir=checkpoint_dir,
@@ -173,6 +178,7 @@ def set_budget(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
+    allocation: Allocation | None = None,
 ) -> None:
     """Set how much attention to keep: a knob for run time, without recompiling or retraining.
 
@@ -181,6 +187,10 @@ def set_budget(
         density: Average share of the visible blocks to keep, in (0, 1].
         mass: Share of the attention mass to capture at every site, in (0, 1].
         max_error: Largest relative L2 error of a site's output, in (0, 1].
+        allocation: How sites share a density: ``uniform`` gives every site the same,
+            ``sensitivity`` spends blocks where the model's output suffers most without them,
+            ``equal_marginal`` where captured mass rises fastest, ``equal_budget`` gives every site
+            the same budget of the selector; None is the best that was measured.
 
     Raises:
         SeerInputError: Not exactly one target is given, or it is out of range.
@@ -189,7 +199,7 @@ def set_budget(
     from seer_compile.exporting import exported_store
 
     store = exported_store(model) or require_session(model).store
-    store.set_budget(density=density, mass=mass, max_error=max_error)
+    store.set_budget(density=density, mass=mass, max_error=max_error, allocation=allocation)
 
 
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -1,4 +1,4 @@
-"""What a budget buys at one site: measured density and captured mass, and how to share a density.
+"""What a budget buys at one site: measured density and captured mass.
 
 A curve is measured at calibration and stored with the gates, so that the budget can be moved at
 run time without data. L lengths, P budgets.
@@ -6,18 +6,14 @@ run time without data. L lengths, P budgets.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from seer_compile.errors import NotConvergedError, RangeError, SeerInputError
-
-Allocation = Literal["uniform", "equal_marginal", "equal_budget"]
-ALLOCATIONS: tuple[Allocation, ...] = ("uniform", "equal_marginal", "equal_budget")
 
 # A mass of exactly 1 has no finite log odds; this is where it is drawn.
 _LEAST_REST = 1e-14
@@ -80,7 +76,7 @@ class BudgetCurve:
             if is_unresolved and known[-2] <= density < known[-1]:
                 return self.budgets[-2]
         wanted = math.log(max(density, _LEAST_DENSITY))
-        return self._from_axis(np.interp(wanted, np.log(known), self._axis()))
+        return self.from_axis(np.interp(wanted, np.log(known), self.axis()))
 
     def budget_for_mass(self, length: float, *, mass: float) -> float:
         """Return the smallest budget whose captured mass reaches ``mass`` at a length."""
@@ -110,15 +106,15 @@ class BudgetCurve:
     def _reach(self, lost: np.ndarray, allowed: float) -> float:
         """Return the first budget that loses no more than is allowed, between measured ones."""
         lost = np.minimum.accumulate(lost)
-        axis, after = self._axis(), int(np.argmax(lost <= allowed + 1e-9))
+        axis, after = self.axis(), int(np.argmax(lost <= allowed + 1e-9))
         if lost[after] > allowed + 1e-9:
-            return self._from_axis(axis[-1])
+            return self.from_axis(axis[-1])
         # Where the loss jumps, a straight line across would promise what was not measured.
         if after == 0 or lost[after - 1] - lost[after] > _JUMP:
-            return self._from_axis(axis[after])
+            return self.from_axis(axis[after])
         known = -np.log(np.maximum(lost[after - 1 : after + 1], _LEAST_REST))
         wanted = -math.log(max(allowed, _LEAST_REST))
-        return self._from_axis(np.interp(wanted, known, axis[after - 1 : after + 1]))
+        return self.from_axis(np.interp(wanted, known, axis[after - 1 : after + 1]))
 
     def value_at(self, name: str, length: float, budget: float) -> float:
         """Return one table's value at a length and budget, by interpolation.
@@ -132,8 +128,8 @@ class BudgetCurve:
 
     def interpolate(self, values: Sequence[float] | np.ndarray, budget: float) -> float:
         """Return the value at a budget of a row of P values, one for each of the budgets."""
-        axis, row = self._axis(), np.asarray(values, dtype=np.float64)
-        place = self._to_axis(np.asarray([budget]))[0]
+        axis, row = self.axis(), np.asarray(values, dtype=np.float64)
+        place = self.to_axis(np.asarray([budget]))[0]
         if axis[0] > axis[-1]:
             axis, row = axis[::-1], row[::-1]
         return float(np.interp(place, axis, row))
@@ -167,108 +163,22 @@ class BudgetCurve:
         except (KeyError, TypeError, ValueError) as cause:
             raise SeerInputError(f"not a budget curve: {cause}") from cause
 
-    def _axis(self) -> np.ndarray:
-        return self._to_axis(np.asarray(self.budgets, dtype=np.float64))
+    def axis(self) -> np.ndarray:
+        """Return ``Float64[P]``: the budgets in coordinates in which density is nearly straight."""
+        return self.to_axis(np.asarray(self.budgets, dtype=np.float64))
 
-    def _to_axis(self, budgets: np.ndarray) -> np.ndarray:
-        # Density is close to a straight line in these coordinates, far from it in the raw ones.
+    def to_axis(self, budgets: np.ndarray) -> np.ndarray:
+        """Return budgets in the coordinates of :meth:`axis`."""
         if self.selector == "top_p":
             return -np.log(np.maximum(1 - budgets, _LEAST_REST))
         return np.log(np.maximum(budgets, 1e-12))
 
-    def _from_axis(self, place: float) -> float:
+    def from_axis(self, place: float) -> float:
+        """Return the budget at a place on :meth:`axis`."""
         if self.selector == "top_p":
             rest = math.exp(-float(place))
             return 1.0 if rest <= _LEAST_REST * (1 + 1e-9) else 1 - rest
         return math.exp(float(place))
-
-
-def allocate(
-    curves: Mapping[str, BudgetCurve],
-    density: float,
-    *,
-    length: float,
-    allocation: Allocation = "uniform",
-) -> dict[str, float]:
-    """Share an average density between sites.
-
-    ``uniform`` gives every site the same density. ``equal_budget`` gives every site the same
-    budget, so that sites whose mass is spread get more blocks. ``equal_marginal`` spends the
-    blocks where the measured captured mass rises fastest, until the average is reached: no
-    exchange of blocks between two sites would capture more in total. It weighs sites equally.
-
-    Args:
-        curves: Measured curve of each site.
-        density: Mean over sites of kept blocks / visible blocks, in (0, 1].
-        length: Key tokens.
-        allocation: How to share.
-
-    Returns:
-        Density of each site.
-
-    Raises:
-        RangeError: The density is not in (0, 1], or the allocation is unknown.
-    """
-    check_fraction("density", density)
-    if allocation == "uniform":
-        return dict.fromkeys(curves, density)
-    if allocation == "equal_budget":
-        return _densities_at_one_budget(curves, density, length)
-    if allocation != "equal_marginal":
-        raise RangeError(argument="allocation", got=allocation, expected=f"one of {ALLOCATIONS}")
-    hulls = {name: _concave_hull(curve, length) for name, curve in curves.items()}
-    shares = {name: float(hull[0][0]) for name, hull in hulls.items()}
-    segments = [
-        ((right[1] - left[1]) / (right[0] - left[0]), name, right[0] - left[0])
-        for name, hull in hulls.items()
-        for left, right in itertools.pairwise(hull)
-    ]
-    left_over = density * len(curves) - sum(shares.values())
-    for _, name, width in sorted(segments, key=lambda segment: -segment[0]):
-        if left_over <= 0:
-            break
-        spent = min(width, left_over)
-        shares[name] += spent
-        left_over -= spent
-    return shares
-
-
-def _densities_at_one_budget(
-    curves: Mapping[str, BudgetCurve], density: float, length: float
-) -> dict[str, float]:
-    """Return each site's density at the one budget whose mean density is the asked one."""
-    first = next(iter(curves.values()))
-
-    def densities_at(place: float) -> dict[str, float]:
-        budget = first._from_axis(place)
-        return {name: curve.value_at("densities", length, budget) for name, curve in curves.items()}
-
-    # Density only rises along the axis; halving a grid's width 60 times leaves rounding.
-    low, high = sorted((float(first._axis()[0]), float(first._axis()[-1])))
-    rises = first._axis()[-1] > first._axis()[0]
-    for _ in range(60):
-        middle = (low + high) / 2
-        is_above = float(np.mean(list(densities_at(middle).values()))) > density
-        low, high = (low, middle) if is_above == rises else (middle, high)
-    return densities_at((low + high) / 2)
-
-
-def _concave_hull(curve: BudgetCurve, length: float) -> list[tuple[float, float]]:
-    """Return the upper hull of (density, mass), so that marginal gains only fall along it."""
-    densities = np.maximum.accumulate(curve.row("densities", length))
-    hull: list[tuple[float, float]] = []
-    for point in zip(densities.tolist(), curve.row("captured_mass", length).tolist(), strict=True):
-        if hull and point[0] - hull[-1][0] < 1e-12:
-            hull[-1] = (hull[-1][0], max(hull[-1][1], point[1]))
-            continue
-        while len(hull) > 1 and _slope(hull[-2], hull[-1]) <= _slope(hull[-1], point):
-            hull.pop()
-        hull.append(point)
-    return hull
-
-
-def _slope(left: Sequence[float], right: Sequence[float]) -> float:
-    return (right[1] - left[1]) / (right[0] - left[0])
 
 
 def check_reachable(curves: Mapping[str, BudgetCurve], max_error: float) -> None:

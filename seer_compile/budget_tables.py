@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from seer_compile.budget_curve import Allocation, BudgetCurve, allocate, check_reachable
+from seer_compile.allocation import Allocation, allocate
+from seer_compile.budget_curve import BudgetCurve, check_reachable
 from seer_compile.config import GateConfig
 from seer_compile.errors import ModelStateError
 from seer_compile.gate import BUDGET_LENGTHS
+from seer_compile.sensitivity import SensitivityCurve
 
 
 def budget_tables(
@@ -15,7 +17,9 @@ def budget_tables(
     config: GateConfig,
     target: str,
     value: float,
-    allocation: Allocation,
+    *,
+    allocation: Allocation | None,
+    sensitivities: Mapping[str, SensitivityCurve | None],
 ) -> dict[str, list[float]]:
     """Translate a target into budgets of the selector.
 
@@ -24,14 +28,17 @@ def budget_tables(
         config: The gates' selector.
         target: ``density``, ``mass`` or ``max_error``.
         value: Of the target, in (0, 1].
-        allocation: How sites share an average density.
+        allocation: How sites share an average density; see
+            :func:`seer_compile.allocation.allocate`.
+        sensitivities: What it costs the model when one site is sparse, by site.
 
     Returns:
         For each site whose budget moves, the budget at each of ``BUDGET_LENGTHS``. A site without
         a curve beside others that have one was never trained, answers densely and is left out.
 
     Raises:
-        ModelStateError: No gate has a curve, and the target is not the selector's own unit.
+        ModelStateError: No gate has a curve, and the target is not the selector's own unit; or
+            the allocation needs sensitivities that were not measured.
         NotConvergedError: No budget keeps the error within ``max_error``.
     """
     known = {name: curve for name, curve in curves.items() if curve is not None}
@@ -46,7 +53,13 @@ def budget_tables(
     for length in BUDGET_LENGTHS:
         shares: Mapping[str, float] = {}
         if target == "density":
-            shares = allocate(known, value, length=length, allocation=allocation)
+            shares = allocate(
+                known,
+                value,
+                length=length,
+                allocation=allocation,
+                sensitivities=sensitivities,
+            )
         for name, curve in known.items():
             tables[name].append(curve.budget_at(length, target, shares.get(name, value)))
     return tables

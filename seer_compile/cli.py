@@ -138,9 +138,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allocation",
-        default="uniform",
-        choices=("uniform", "equal_budget", "equal_marginal"),
-        help="how the gates of the sites share a density (%(default)s)",
+        choices=("uniform", "sensitivity", "equal_budget", "equal_marginal"),
+        help="how the gates of the sites share a density (the best that was measured)",
     )
     parser.add_argument("--sequences", type=int, default=8, help="windows per length")
     parser.add_argument(

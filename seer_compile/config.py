@@ -171,6 +171,9 @@ class CalibrationConfig:
     """Query sub-blocks per sequence that enter the loss; all when a sequence has fewer."""
     holdout_batches: int = 4
     """Batches kept out of training, on which the mass and density tables are made."""
+    sensitivity_batches: int = 1
+    """Held-out batches, and as many for the curves alone, on which it is measured what each site's
+    sparsity costs the model's output: six forwards per site and batch. 0 measures nothing."""
     seed: int = 0
     checkpoint_every: int = 50
 
@@ -178,6 +181,9 @@ class CalibrationConfig:
         for name in ("steps", "rows_per_step", "checkpoint_every", "holdout_batches"):
             value = getattr(self, name)
             _check(isinstance(value, int) and value >= 1, name, value, "an integer >= 1")
+        _check(
+            self.sensitivity_batches >= 0, "sensitivity_batches", self.sensitivity_batches, ">= 0"
+        )
         _check(self.warmup_steps >= 0, "warmup_steps", self.warmup_steps, ">= 0")
         _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "> 0")
         _check(

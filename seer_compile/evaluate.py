@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seer_compile.budget_curve import Allocation, check_fraction
+from seer_compile.allocation import Allocation
+from seer_compile.budget_curve import check_fraction
 from seer_compile.errors import ModelStateError, SeerInputError
 from seer_compile.evaluation_methods import (
     DenseTimer,
@@ -104,7 +105,7 @@ class Evaluator:
         windows: Mapping[int, Sequence[PlantedTokens]],
         *,
         block_size: BlockSize | None = None,
-        allocation: Allocation = "uniform",
+        allocation: Allocation | None = None,
         model_arguments: Mapping[str, Any] | None = None,
         notify: Callable[[str], None] = lambda _: None,
     ) -> None:
@@ -115,7 +116,7 @@ class Evaluator:
         self.block_size = block_size or BlockSize()
         self.device = next(model.parameters()).device
         self._arguments = dict(model_arguments or {})
-        self._allocation: Allocation = allocation
+        self._allocation: Allocation | None = allocation
         self._notify = notify
         self._dense_loss: dict[int, float] = {}
         self._dense_graph_ms: dict[tuple[str, int], float] = {}

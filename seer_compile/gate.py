@@ -18,6 +18,7 @@ from seer_compile.config import GateConfig
 from seer_compile.errors import HeadConfigError, RangeError, ShapeError
 from seer_compile.gate_scores import block_log_mass, visible_units
 from seer_compile.kernels.gated_attention import budget_at
+from seer_compile.sensitivity import SensitivityCurve
 from seer_compile.types import BlockSelection, PoolKind, SiteInputs, Visibility
 
 BUDGET_LENGTHS: tuple[int, ...] = tuple(2**power for power in range(7, 21))
@@ -89,6 +90,7 @@ class AttnGate(nn.Module):
         self.scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
         self.seed = seed
         self.curve: BudgetCurve | None = None
+        self.sensitivity: SensitivityCurve | None = None
         self.is_trained = False
         weights = self._initial_weights()
         self.query_weight, self.key_weight = (
@@ -137,7 +139,7 @@ class AttnGate(nn.Module):
             for parameter, value in zip(self.parameters(), self._initial_weights(), strict=True):
                 parameter.copy_(value)
             self.budget.fill_(self.config.selector.budget)
-        self.curve, self.is_trained = None, False
+        self.curve, self.sensitivity, self.is_trained = None, None, False
 
     def features(
         self, query: Tensor, key: Tensor, key_padding: Tensor | None = None

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from seer_compile.budget_curve import Allocation, BudgetCurve, check_fraction
+from seer_compile.allocation import Allocation
+from seer_compile.budget_curve import BudgetCurve, check_fraction
 from seer_compile.budget_tables import budget_tables
 from seer_compile.config import GateConfig
 from seer_compile.config_json import config_from_json, config_to_json
@@ -25,6 +26,7 @@ from seer_compile.kernels.gated_attention import (
     MODE_SPARSE,
 )
 from seer_compile.real_tensors import real_tensors
+from seer_compile.sensitivity import SensitivityCurve
 
 METADATA_VERSION = 1
 
@@ -170,7 +172,7 @@ class GateStore(nn.Module):
         density: float | None = None,
         mass: float | None = None,
         max_error: float | None = None,
-        allocation: Allocation = "uniform",
+        allocation: Allocation | None = None,
     ) -> None:
         """Move every gate to a budget along its measured curve, in place, without a recompile.
 
@@ -178,11 +180,13 @@ class GateStore(nn.Module):
             density: Average share of visible blocks to keep, in (0, 1].
             mass: Share of the attention mass to capture at every site, in (0, 1].
             max_error: Largest relative L2 error of a site's output, in (0, 1].
-            allocation: How sites share an average density.
+            allocation: How sites share an average density; None is the best that was measured,
+                see :func:`seer_compile.allocation.allocate`.
 
         Raises:
             SeerInputError: Not exactly one target is given, or it is out of range.
-            ModelStateError: No gate has a curve that translates the target.
+            ModelStateError: No gate has a curve that translates the target, or sensitivities
+                are asked for that were not measured.
             NotConvergedError: No budget keeps the error within ``max_error``.
         """
         targets = {"density": density, "mass": mass, "max_error": max_error}
@@ -193,9 +197,20 @@ class GateStore(nn.Module):
             )
         ((target, value),) = given.items()
         check_fraction(target, value)
+        if allocation is not None and target != "density":
+            raise SeerInputError(
+                argument="allocation", got=allocation, expected=f"None: {target} is set per site"
+            )
         with self._lock:
             curves = {name: gate.curve for name, gate in self.items()}
-            tables = budget_tables(curves, self.config, target, float(value), allocation)
+            tables = budget_tables(
+                curves,
+                self.config,
+                target,
+                float(value),
+                allocation=allocation,
+                sensitivities={name: gate.sensitivity for name, gate in self.items()},
+            )
             with torch.no_grad():
                 for name, table in tables.items():
                     gate = self._gate(self._names[name])
@@ -226,7 +241,8 @@ class GateStore(nn.Module):
                     "scale": gate.scale,
                     "seed": gate.seed,
                     "is_trained": gate.is_trained,
-                    "curve": None if gate.curve is None else gate.curve.to_json(),
+                    "curve": _to_json(gate.curve),
+                    "sensitivity": _to_json(gate.sensitivity),
                 }
                 for name, gate in self.items()
             ],
@@ -258,6 +274,7 @@ class GateStore(nn.Module):
             self.gates.clear()
             for entry, gate in zip(entries, gates, strict=True):
                 gate.scale, gate.curve = entry.scale, entry.curve
+                gate.sensitivity = entry.sensitivity
                 gate.config, gate.is_trained = config, entry.is_trained
                 self._add(entry.name, gate)
             self.write_metadata()
@@ -317,10 +334,12 @@ class _Entry(NamedTuple):
     seed: int
     is_trained: bool
     curve: BudgetCurve | None
+    sensitivity: SensitivityCurve | None
 
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> _Entry:
-        curve = data["curve"]
+        # Files written before sensitivities were measured have no such field.
+        curve, sensitivity = data["curve"], data.get("sensitivity")
         return cls(
             name=str(data["name"]),
             sizes=(int(data["heads"]), int(data["kv_heads"]), int(data["head_dim"])),
@@ -328,6 +347,7 @@ class _Entry(NamedTuple):
             seed=int(data["seed"]),
             is_trained=bool(data["is_trained"]),
             curve=None if curve is None else BudgetCurve.from_json(curve),
+            sensitivity=None if sensitivity is None else SensitivityCurve.from_json(sensitivity),
         )
 
 
@@ -342,6 +362,10 @@ def _form(config: GateConfig) -> tuple[Any, ...]:
         config.share_group,
         config.selector.name,
     )
+
+
+def _to_json(curve: BudgetCurve | SensitivityCurve | None) -> dict[str, Any] | None:
+    return None if curve is None else curve.to_json()
 
 
 def _auto_mode(gate: AttnGate) -> int:

@@ -1,7 +1,6 @@
 """The gate, its store, and the budget curve."""
 
 import copy
-import itertools
 import math
 import pickle
 import threading
@@ -11,7 +10,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from seer_compile.budget_curve import BudgetCurve, allocate
+from seer_compile.budget_curve import BudgetCurve
 from seer_compile.config import Fraction, GateConfig, Threshold, TopK, TopP
 from seer_compile.config_json import config_from_json, config_to_json
 from seer_compile.errors import (
@@ -533,39 +532,6 @@ class TestBudgetCurve:
             BudgetCurve.from_json({**curve().to_json(), **changes, "budgets": "x"})
 
 
-CURVES = {
-    "easy": curve(((0.05, 0.2, 1.0),) * 2, ((0.97, 0.99, 1.0),) * 2),
-    "hard": curve(((0.05, 0.2, 1.0),) * 2, ((0.2, 0.6, 1.0),) * 2),
-    "convex": curve(((0.05, 0.2, 1.0),) * 2, ((0.1, 0.12, 1.0),) * 2),
-}
-
-
-class TestAllocation:
-    def total(self, shares):
-        return sum(CURVES[name].mass_at_density(2048, d) for name, d in shares.items())
-
-    @pytest.mark.parametrize("density", [0.06, 0.1, 0.3, 0.7, 1.0])
-    def test_equal_marginal_keeps_the_average_and_captures_no_less(self, density):
-        uniform = allocate(CURVES, density, length=2048)
-        shared = allocate(CURVES, density, length=2048, allocation="equal_marginal")
-        assert sum(shared.values()) / 3 == pytest.approx(density)
-        assert self.total(shared) >= self.total(uniform) - 1e-9
-
-    def test_equal_marginal_is_the_best_of_a_fine_search(self):
-        pair = {name: CURVES[name] for name in ("easy", "hard")}
-        shared = allocate(pair, 0.15, length=2048, allocation="equal_marginal")
-        best = max(
-            self.total({"easy": easy, "hard": hard})
-            for easy, hard in itertools.product(torch.linspace(0.05, 0.3, 126).tolist(), repeat=2)
-            if easy + hard <= 0.3 + 1e-9
-        )
-        assert self.total(shared) >= best - 1e-6
-
-    def test_unknown_allocation_is_refused(self):
-        with pytest.raises(RangeError, match="allocation"):
-            allocate(CURVES, 0.1, length=2048, allocation="greedy")
-
-
 def test_gate_is_blind_to_padded_keys():
     visibility = Visibility(upper=0, key_padding=key_padding([40], 64))
     inputs = site_inputs(visibility, q_len=64)
@@ -610,20 +576,6 @@ class TestUnresolvedMass:
 
     def test_everything_is_given_when_everything_is_asked_for(self):
         assert self.CURVE.budget_for(1024, density=1.0) == 1.0
-
-    def test_equal_budget_gives_the_asked_mean_with_one_budget(self):
-        spread = BudgetCurve(
-            selector="top_p",
-            lengths=(1024,),
-            budgets=self.CURVE.budgets,
-            densities=((0.1, 0.4, 0.7, 1.0),),
-            captured_mass=((0.5, 0.99, 0.99999, 1.0),),
-        )
-        curves = {"sharp": self.CURVE, "spread": spread}
-        shares = allocate(curves, 0.15, length=1024, allocation="equal_budget")
-        assert sum(shares.values()) / 2 == pytest.approx(0.15, rel=0.02)
-        budgets = [curve.budget_for(1024, density=shares[name]) for name, curve in curves.items()]
-        assert budgets[0] == pytest.approx(budgets[1], abs=1e-3)
 
 
 @pytest.mark.parametrize(

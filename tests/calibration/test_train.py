@@ -73,7 +73,7 @@ def test_gates_learn_a_planted_pattern_and_beat_zero_shot_and_control():
         steps=70, warmup_steps=7, learning_rate=1e-2, holdout_batches=2, seed=1
     )
     start = time.perf_counter()
-    store, report = run_fit(data, config=config, model=model, density=0.25)
+    store, report = run_fit(data, config=config, model=model, density=0.25, allocation="uniform")
     assert time.perf_counter() - start < 5 * (1 + os.getloadavg()[0])
     for site in report.sites:
         untrained = zero_shot[site.name].gate.mass_at_density(384, 0.25)

@@ -1,0 +1,156 @@
+"""How the sites of a model share an average density."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Literal, get_args
+
+import numpy as np
+
+from seer_compile.budget_curve import BudgetCurve, check_fraction
+from seer_compile.errors import ModelStateError, RangeError
+from seer_compile.sensitivity import SensitivityCurve
+
+Allocation = Literal["uniform", "sensitivity", "equal_marginal", "equal_budget"]
+ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
+
+# Divergence falls over orders of magnitude between the smallest density and 1.
+_GRID_POINTS = 96
+_Points = Sequence[tuple[float, float]]
+
+
+def allocate(
+    curves: Mapping[str, BudgetCurve],
+    density: float,
+    *,
+    length: float,
+    allocation: Allocation | None = None,
+    sensitivities: Mapping[str, SensitivityCurve | None] | None = None,
+) -> dict[str, float]:
+    """Share an average density between sites.
+
+    ``uniform`` gives every site the same density. ``sensitivity`` spends the blocks where the
+    output of the model suffers most without them: it minimises the sum of the divergences that
+    the sites cause one at a time. ``equal_marginal`` spends them where the measured captured mass
+    rises fastest. ``equal_budget`` gives every site the same budget of the selector. No exchange
+    of blocks between two sites would improve the sum of ``sensitivity`` or ``equal_marginal``.
+
+    Args:
+        curves: Measured curve of each site.
+        density: Mean over sites of kept blocks / visible blocks, in (0, 1].
+        length: Key tokens.
+        allocation: How to share; None is ``sensitivity`` where it was measured for every site,
+            and ``uniform`` otherwise.
+        sensitivities: Measured sensitivity of each site.
+
+    Returns:
+        Density of each site.
+
+    Raises:
+        RangeError: The density is not in (0, 1], or the allocation is unknown.
+        ModelStateError: Sensitivities are asked for and were not measured.
+    """
+    check_fraction("density", density)
+    known = {name: (sensitivities or {}).get(name) for name in curves}
+    allocation = choose_allocation(allocation, known)
+    if allocation == "uniform":
+        return dict.fromkeys(curves, density)
+    if allocation == "equal_budget":
+        return _densities_at_one_budget(curves, density, length)
+    if allocation == "equal_marginal":
+        return _spend({name: _lost_mass(curve, length) for name, curve in curves.items()}, density)
+    return _spend(
+        {name: _divergence(curve, length) for name, curve in known.items() if curve is not None},
+        density,
+    )
+
+
+def choose_allocation(
+    allocation: Allocation | None, sensitivities: Mapping[str, SensitivityCurve | None]
+) -> Allocation:
+    """Return the allocation that is meant, given what was measured at each site.
+
+    Raises:
+        RangeError: The allocation is unknown.
+        ModelStateError: Sensitivities are asked for and were not measured at some site.
+    """
+    absent = sorted(name for name, curve in sensitivities.items() if curve is None)
+    if allocation is None:
+        return "uniform" if absent else "sensitivity"
+    if allocation not in ALLOCATIONS:
+        raise RangeError(argument="allocation", got=allocation, expected=f"one of {ALLOCATIONS}")
+    if allocation == "sensitivity" and absent:
+        raise ModelStateError(
+            f"the sensitivity of {absent[0]!r} was not measured",
+            hint="Calibrate with CalibrationConfig(sensitivity_batches=1) or more.",
+            context={"sites without": len(absent)},
+        )
+    return allocation
+
+
+def _spend(losses: Mapping[str, _Points], density: float) -> dict[str, float]:
+    """Minimise the sum of falling losses, given as (density, loss), at a mean density."""
+    hulls = {name: _lower_hull(points) for name, points in losses.items()}
+    shares = {name: hull[0][0] for name, hull in hulls.items()}
+    segments = [
+        (_slope(left, right), name, right[0] - left[0])
+        for name, hull in hulls.items()
+        for left, right in itertools.pairwise(hull)
+    ]
+    left_over = density * len(hulls) - sum(shares.values())
+    for _, name, width in sorted(segments, key=lambda segment: segment[0]):
+        if left_over <= 0:
+            break
+        spent = min(width, left_over)
+        shares[name] += spent
+        left_over -= spent
+    return shares
+
+
+def _lost_mass(curve: BudgetCurve, length: float) -> _Points:
+    densities = np.maximum.accumulate(curve.row("densities", length))
+    lost = 1 - curve.row("captured_mass", length)
+    return list(zip(densities.tolist(), lost.tolist(), strict=True))
+
+
+def _divergence(curve: SensitivityCurve, length: float) -> _Points:
+    grid = np.geomspace(curve.least_density(length), 1.0, _GRID_POINTS)
+    return list(zip(grid.tolist(), curve.at(length, grid).tolist(), strict=True))
+
+
+def _lower_hull(points: _Points) -> list[tuple[float, float]]:
+    """Return the convex hull from below, so that gains per block only fall along it."""
+    hull: list[tuple[float, float]] = []
+    for point in points:
+        if hull and point[0] - hull[-1][0] < 1e-12:
+            hull[-1] = (hull[-1][0], min(hull[-1][1], point[1]))
+            continue
+        while len(hull) > 1 and _slope(hull[-2], hull[-1]) >= _slope(hull[-1], point):
+            hull.pop()
+        hull.append(point)
+    return hull
+
+
+def _slope(left: Sequence[float], right: Sequence[float]) -> float:
+    return (right[1] - left[1]) / (right[0] - left[0])
+
+
+def _densities_at_one_budget(
+    curves: Mapping[str, BudgetCurve], density: float, length: float
+) -> dict[str, float]:
+    """Return each site's density at the one budget whose mean density is the asked one."""
+    first = next(iter(curves.values()))
+
+    def densities_at(place: float) -> dict[str, float]:
+        budget = first.from_axis(place)
+        return {name: curve.value_at("densities", length, budget) for name, curve in curves.items()}
+
+    # Density only rises along the axis; halving a grid's width 60 times leaves rounding.
+    low, high = sorted((float(first.axis()[0]), float(first.axis()[-1])))
+    rises = first.axis()[-1] > first.axis()[0]
+    for _ in range(60):
+        middle = (low + high) / 2
+        is_above = float(np.mean(list(densities_at(middle).values()))) > density
+        low, high = (low, middle) if is_above == rises else (middle, high)
+    return densities_at((low + high) / 2)

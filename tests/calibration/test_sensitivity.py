@@ -1,0 +1,88 @@
+"""Sites whose sparsity moves the model's output are told from sites whose does not."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from seer_compile.calibration.sensitivity import DenseOutput, measure_sensitivity
+from seer_compile.errors import CalibrationDataError
+from seer_compile.gate_store import GateStore
+from support.calibrate_planted import GATES
+from support.planted import PlantedModel, batches
+
+WEIGHTS = (1.0, 0.03)
+
+
+def run(batch, handler):
+    """Two sites whose outputs enter with very different weights."""
+    first, second = PlantedModel().run(batch, handler)
+    return SimpleNamespace(logits=WEIGHTS[0] * first + WEIGHTS[1] * second)
+
+
+@pytest.fixture(scope="module")
+def curves():
+    return measure_sensitivity(run, GateStore(GATES), batches(3, 300), densities=(0.01, 0.3, 0.6))
+
+
+def test_the_site_that_matters_is_the_sensitive_one(curves):
+    heavy, light = curves["layers.0.attn"], curves["layers.1.attn"]
+    assert heavy.lengths == light.lengths == (300,)
+    for strong, weak in zip(heavy.divergences[0], light.divergences[0], strict=True):
+        assert strong > 10 * weak > 0
+
+
+def test_divergence_falls_with_density_to_nothing(curves):
+    for curve in curves.values():
+        first, middle, last = curve.divergences[0]
+        assert min(first, middle) > last > 0
+        assert curve.at(300, [1.0])[0] == 0
+
+
+def test_densities_are_those_measured(curves):
+    for curve in curves.values():
+        smallest, middle, large = curve.densities[0]
+        assert smallest > 0.05  # diagonal, sink and the best block are always kept
+        assert (middle, large) == (pytest.approx(0.3, abs=0.03), pytest.approx(0.6, abs=0.03))
+
+
+def test_divergence_is_that_of_an_independent_formula():
+    torch.manual_seed(0)
+    dense, sparse = torch.randn(2, 2, 50, 7)
+    reference = nn.functional.kl_div(
+        sparse.double().log_softmax(-1),
+        dense.double().log_softmax(-1),
+        log_target=True,
+        reduction="sum",
+    )
+    found = DenseOutput(SimpleNamespace(logits=dense)).divergence({"logits": sparse})
+    assert found == pytest.approx(reference.item() / 100, rel=1e-4)
+    relative = (dense - sparse).double().square().sum() / dense.double().square().sum()
+    found = DenseOutput((torch.tensor(3.0), dense)).divergence((torch.tensor(9.0), sparse))
+    assert found == pytest.approx(relative.item(), rel=1e-5)
+
+
+def test_large_outputs_are_compared_by_sample(monkeypatch):
+    monkeypatch.setattr("seer_compile.calibration.sensitivity._HELD_BYTES", 4 * 7 * 10)
+    monkeypatch.setattr("seer_compile.calibration.sensitivity._CHUNK_BYTES", 4 * 7 * 3)
+    torch.manual_seed(0)
+    dense, sparse = torch.randn(2, 1, 100, 7)
+    sampled = SimpleNamespace(logits=dense[:, ::10]), SimpleNamespace(logits=sparse[:, ::10])
+    whole = DenseOutput(SimpleNamespace(logits=dense)).divergence(SimpleNamespace(logits=sparse))
+    assert whole == pytest.approx(DenseOutput(sampled[0]).divergence(sampled[1]), rel=1e-6)
+
+
+def test_output_that_cannot_be_compared_is_refused():
+    with pytest.raises(CalibrationDataError, match="no floating-point tensor"):
+        DenseOutput((torch.zeros(3, dtype=torch.int64), "text"))
+
+
+def test_output_that_is_not_finite_is_refused():
+    def broken(batch, handler):
+        output = run(batch, handler)
+        output.logits[0, 0, 0, 0] = float("nan")
+        return output
+
+    with pytest.raises(CalibrationDataError, match="not finite"):
+        measure_sensitivity(broken, GateStore(GATES), batches(1, 300), densities=(0.3,))

@@ -1,0 +1,206 @@
+"""Sites share an average density: whoever needs blocks most gets them."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from seer_compile.allocation import ALLOCATIONS, allocate, choose_allocation
+from seer_compile.budget_curve import BudgetCurve
+from seer_compile.errors import ModelStateError, RangeError, SeerInputError
+from seer_compile.gate_store import GateStore
+from seer_compile.sensitivity import SensitivityCurve
+
+
+def curve(masses, densities=(0.05, 0.2, 1.0), budgets=(0.5, 0.9, 1.0)):
+    return BudgetCurve(
+        selector="top_p",
+        lengths=(2048,),
+        budgets=budgets,
+        densities=(densities,),
+        captured_mass=(masses,),
+    )
+
+
+def sensitivity(divergences, densities=(0.02, 0.05, 0.1, 0.2, 0.5), lengths=(2048,)):
+    return SensitivityCurve(
+        lengths=lengths,
+        densities=(densities,) * len(lengths),
+        divergences=(tuple(divergences),) * len(lengths),
+    )
+
+
+CURVES = {
+    "easy": curve((0.97, 0.99, 1.0)),
+    "hard": curve((0.2, 0.6, 1.0)),
+    "convex": curve((0.1, 0.12, 1.0)),
+}
+SENSITIVITIES = {
+    "easy": sensitivity((1e-6, 1e-7, 0.0, 0.0, 0.0)),
+    "hard": sensitivity((0.9, 0.4, 0.15, 0.05, 0.01)),
+    "convex": sensitivity((0.05, 0.03, 0.02, 0.01, 0.001)),
+}
+
+
+def captured(shares):
+    return sum(CURVES[name].mass_at_density(2048, d) for name, d in shares.items())
+
+
+def divergence(shares):
+    return sum(float(SENSITIVITIES[name].at(2048, [d])[0]) for name, d in shares.items())
+
+
+@pytest.mark.parametrize("density", [0.06, 0.1, 0.3, 0.7, 1.0])
+@pytest.mark.parametrize("allocation", [a for a in ALLOCATIONS if a != "equal_budget"])
+def test_the_average_is_kept(allocation, density):
+    shares = allocate(
+        CURVES, density, length=2048, allocation=allocation, sensitivities=SENSITIVITIES
+    )
+    assert sum(shares.values()) / 3 == pytest.approx(density)
+    assert all(0 < share <= 1 + 1e-12 for share in shares.values())
+
+
+class TestEqualMarginal:
+    @pytest.mark.parametrize("density", [0.06, 0.1, 0.3, 0.7, 1.0])
+    def test_no_less_is_captured_than_by_equal_shares(self, density):
+        shared = allocate(CURVES, density, length=2048, allocation="equal_marginal")
+        assert captured(shared) >= captured(dict.fromkeys(CURVES, density)) - 1e-9
+
+    def test_it_is_the_best_of_a_fine_search(self):
+        pair = {name: CURVES[name] for name in ("easy", "hard")}
+        shared = allocate(pair, 0.15, length=2048, allocation="equal_marginal")
+        best = max(
+            captured({"easy": easy, "hard": hard})
+            for easy, hard in itertools.product(torch.linspace(0.05, 0.3, 126).tolist(), repeat=2)
+            if easy + hard <= 0.3 + 1e-9
+        )
+        assert captured(shared) >= best - 1e-6
+
+
+class TestSensitivity:
+    @pytest.mark.parametrize("density", [0.03, 0.1, 0.2, 0.4])
+    def test_the_output_suffers_no_more_than_by_equal_shares(self, density):
+        shared = allocate(
+            CURVES, density, length=2048, allocation="sensitivity", sensitivities=SENSITIVITIES
+        )
+        assert divergence(shared) <= divergence(dict.fromkeys(CURVES, density)) + 1e-12
+
+    def test_it_is_the_best_of_a_fine_search(self):
+        shared = allocate(CURVES, 0.1, length=2048, sensitivities=SENSITIVITIES)
+        grid = np.geomspace(0.02, 0.26, 60)
+        best = min(
+            divergence(dict(zip(CURVES, shares, strict=True)))
+            for shares in itertools.product(grid, repeat=3)
+            if sum(shares) <= 0.3 + 1e-9
+        )
+        assert divergence(shared) <= best * 1.02
+        assert shared["easy"] < shared["convex"] < shared["hard"]
+
+    def test_a_site_that_moves_nothing_gets_what_every_selection_keeps(self):
+        shared = allocate(CURVES, 0.1, length=2048, sensitivities=SENSITIVITIES)
+        assert shared["easy"] < 0.05
+
+    def test_lengths_in_between_lie_in_between(self):
+        both = SensitivityCurve(
+            lengths=(1024, 4096),
+            densities=((0.1, 0.5), (0.1, 0.5)),
+            divergences=((0.4, 0.1), (0.1, 0.025)),
+        )
+        (low,), (middle,), (high,) = (both.at(length, [0.2]) for length in (4096, 2048, 1024))
+        assert middle == pytest.approx((low * high) ** 0.5, rel=1e-6)
+        assert both.at(64, [0.1])[0] == pytest.approx(0.4)
+        assert both.at(10**6, [0.5])[0] == pytest.approx(0.025)
+        assert both.at(2048, [1.0])[0] == 0
+
+    def test_more_blocks_never_count_as_worse(self):
+        noisy = sensitivity((0.3, 0.1, 0.2, 0.05, 0.06))
+        found = noisy.at(2048, np.geomspace(0.02, 1, 50))
+        assert (np.diff(found) <= 0).all()
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"lengths": ()},
+            {"lengths": (4096, 1024), "densities": ((0.1,),) * 2, "divergences": ((0.1,),) * 2},
+            {"divergences": ((0.1, 0.2),)},
+            {"divergences": ((float("nan"),),)},
+            {"divergences": ((-0.1,),)},
+        ],
+    )
+    def test_what_is_no_curve_is_refused(self, changes):
+        good = {"lengths": (1024,), "densities": ((0.1,),), "divergences": ((0.2,),)}
+        assert SensitivityCurve.from_json(SensitivityCurve(**good).to_json()).lengths == (1024,)
+        with pytest.raises(SeerInputError):
+            SensitivityCurve(**(good | changes))
+        with pytest.raises(SeerInputError):
+            SensitivityCurve.from_json(good | {"densities": "x"})
+
+
+def test_equal_budget_gives_the_asked_mean_with_one_budget():
+    budgets, masses = (0.5, 0.99, 1 - 1e-12, 1.0), (0.5, 0.99, 0.99999, 1.0)
+    curves = {
+        "sharp": curve(masses, (0.01, 0.03, 0.05, 1.0), budgets),
+        "spread": curve(masses, (0.1, 0.4, 0.7, 1.0), budgets),
+    }
+    shares = allocate(curves, 0.15, length=1024, allocation="equal_budget")
+    assert sum(shares.values()) / 2 == pytest.approx(0.15, rel=0.02)
+    found = [curve.budget_for(1024, density=shares[name]) for name, curve in curves.items()]
+    assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+class TestChoice:
+    def test_what_was_measured_decides_where_nothing_is_asked(self):
+        assert choose_allocation(None, SENSITIVITIES) == "sensitivity"
+        assert choose_allocation(None, {**SENSITIVITIES, "new": None}) == "uniform"
+        assert choose_allocation("uniform", SENSITIVITIES) == "uniform"
+
+    def test_sensitivities_that_were_not_measured_are_not_made_up(self):
+        with pytest.raises(ModelStateError, match="'hard' was not measured"):
+            choose_allocation("sensitivity", {**SENSITIVITIES, "hard": None})
+        with pytest.raises(ModelStateError, match="not measured"):
+            allocate(CURVES, 0.1, length=2048, allocation="sensitivity")
+
+    def test_unknown_allocation_is_refused(self):
+        with pytest.raises(RangeError, match="allocation"):
+            allocate(CURVES, 0.1, length=2048, allocation="greedy")
+
+
+class TestStore:
+    def store(self, **sensitivities):
+        store = GateStore()
+        for name, known in CURVES.items():
+            gate = store.get_or_create(name, heads=2, kv_heads=1, head_dim=8)
+            gate.curve, gate.is_trained = known, True
+            gate.sensitivity = sensitivities.get(name)
+        return store
+
+    def test_budgets_follow_sensitivities_and_stay_with_the_gates(self):
+        store = self.store(**SENSITIVITIES)
+        store.set_budget(density=0.1)
+        shares = allocate(CURVES, 0.1, length=2048, sensitivities=SENSITIVITIES)
+        for name, gate in store.items():
+            expected = CURVES[name].budget_for(2048, density=shares[name])
+            assert float(gate.budget_at(2048)[0]) == pytest.approx(expected, abs=1e-9)
+        other = GateStore()
+        other.load_state_dict(store.state_dict())
+        assert {name: gate.sensitivity for name, gate in other.items()} == SENSITIVITIES
+
+    def test_without_them_every_site_gets_the_same(self):
+        store = self.store()
+        store.set_budget(density=0.1)
+        for name, gate in store.items():
+            expected = CURVES[name].budget_for(2048, density=0.1)
+            assert float(gate.budget_at(2048)[0]) == pytest.approx(expected, abs=1e-9)
+
+    def test_an_allocation_that_would_be_ignored_is_refused(self):
+        with pytest.raises(SeerInputError, match="allocation"):
+            self.store().set_budget(mass=0.9, allocation="uniform")
+
+    def test_descriptions_from_before_sensitivities_are_read(self):
+        description = self.store(**SENSITIVITIES).describe()
+        for gate in description["gates"]:
+            del gate["sensitivity"]
+        other = GateStore()
+        other.rebuild(description, "cpu")
+        assert all(gate.sensitivity is None for _, gate in other.items())
