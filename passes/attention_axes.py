@@ -10,9 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
+
+import torch
 
 from seer_compile.passes.axes import AxisBook, Layout, Letters
 from seer_compile.passes.canonical_steps import steps_from_canonical, steps_to_canonical
+from seer_compile.passes.fx_utils import fake_value
 from seer_compile.passes.peel_layouts import Peeled
 from seer_compile.types import LayoutStep, Operand
 
@@ -54,12 +58,16 @@ class _Candidate:
     factor: float
 
 
-def arrange(products: Products, book: AxisBook, masked: Letters = ()) -> Arrangement | None:
+def arrange(
+    products: Products, book: AxisBook, dtype: torch.dtype, masked: Letters = ()
+) -> Arrangement | None:
     """Return the operands and the output in canonical axes; None where no partition fits.
 
     Args:
         products: The two products.
         book: Their letters.
+        dtype: Of the output. Operands of it are preferred: those widened for the products alone
+            are read before.
         masked: Letters along which a mask differs; a mask is more likely one of batch items.
     """
     flat = book.resolve([letter for dimension in products.batch for letter in dimension])
@@ -71,7 +79,7 @@ def arrange(products: Products, book: AxisBook, masked: Letters = ()) -> Arrange
         is_cut = len(products.batch) == 1 and batch_count < len(flat)
         if is_cut and not isinstance(book.size(flat[batch_count:]), int):
             continue
-        found = _arrange(products, book, flat[:batch_count], flat[batch_count:])
+        found = _arrange(products, book, dtype, flat[:batch_count], flat[batch_count:])
         if found is not None:
             return found
     return None
@@ -91,18 +99,19 @@ def _partitions(products: Products, book: AxisBook, count: int) -> list[int]:
 
 
 def _arrange(
-    products: Products, book: AxisBook, batch: Letters, heads: Letters
+    products: Products, book: AxisBook, dtype: torch.dtype, batch: Letters, heads: Letters
 ) -> Arrangement | None:
     query_tokens, key_tokens = (
         book.resolve(products.query_tokens),
         book.resolve(products.key_tokens),
     )
     dims, value_dims = book.resolve(products.head_dim), book.resolve(products.value_dim)
-    queries = _by_repetition(products.query, book, batch, heads, query_tokens, dims)
-    keys = _by_repetition(products.key, book, batch, heads, key_tokens, dims)
+    read = partial(_by_repetition, book, dtype, batch, heads)
+    queries = read(products.query, query_tokens, dims)
+    keys = read(products.key, key_tokens, dims)
     # Attention has no factor for values: those behind a multiplication do not count.
     unscaled = [state for state in products.value if state.factor == 1]
-    values = _by_repetition(unscaled, book, batch, heads, key_tokens, value_dims)
+    values = read(unscaled, key_tokens, value_dims)
     common = sorted(keys.keys() & values.keys())
     groups = (batch, heads, query_tokens, value_dims)
     steps = steps_from_canonical(products.output, groups, book)
@@ -123,14 +132,17 @@ def _arrange(
 
 
 def _by_repetition(
-    states: Sequence[Peeled],
     book: AxisBook,
+    dtype: torch.dtype,
     batch: Letters,
     heads: Letters,
+    states: Sequence[Peeled],
     tokens: Letters,
     dims: Letters,
 ) -> dict[int, _Candidate]:
     """Return the simplest operand for each number of leading head letters that it still has."""
+    # The first of equals is the one nearest to the product.
+    states = sorted(states, key=lambda state: fake_value(state.node).dtype != dtype)
     found: dict[int, _Candidate] = {}
     for state in states:
         repeated = set(book.resolve(list(state.repeated)))
@@ -138,7 +150,12 @@ def _by_repetition(
         if kept < 0 or repeated != set(heads[kept:]):
             continue
         steps = steps_to_canonical(state.layout, (batch, heads[:kept], tokens, dims), book)
-        if steps is None or (kept in found and len(steps) >= len(found[kept].operand.steps)):
+        if steps is None or (kept in found and not _is_simpler(state, steps, found[kept])):
             continue
         found[kept] = _Candidate(Operand(node=state.node, steps=steps), state.factor)
     return found
+
+
+def _is_simpler(state: Peeled, steps: tuple[LayoutStep, ...], other: _Candidate) -> bool:
+    dtypes = {fake_value(node).dtype for node in (state.node, other.operand.node)}
+    return len(dtypes) == 1 and len(steps) < len(other.operand.steps)

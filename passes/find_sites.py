@@ -83,7 +83,8 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
         products = match.products = stable_products(match, products, mutations)
     arrangement = None
     if products is not None:
-        arrangement = arrange(products, match.book, _masked_letters(match.mask_terms))
+        masked = _masked_letters(match.mask_terms)
+        arrangement = arrange(products, match.book, _dtype_of(match.output), masked)
     if match.dropout:
         match.refuse(SkipCode.DROPOUT, f"p={match.dropout:g}")
     if path:
@@ -133,6 +134,12 @@ def _masked_letters(terms: Sequence[MaskTerm]) -> tuple[str, ...]:
         for letters, size in zip(axes, shape, strict=False):
             found += () if is_known(size == 1) else letters
     return tuple(found)
+
+
+def _dtype_of(output: Node) -> torch.dtype:
+    value = fake_value(output)
+    # flex_attention returns its sums beside its output.
+    return (value[0] if isinstance(value, tuple | list) else value).dtype
 
 
 def _in_dtype(operand: Operand, product: Node, output: Node) -> Operand:

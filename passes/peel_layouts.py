@@ -77,10 +77,14 @@ def _step(state: Peeled, book: AxisBook) -> Peeled | None:
 
 
 def _keeps_elements(source: Node, node: Node) -> bool:
-    """Whether both have one dtype: conversions round, and views may read bits as other numbers."""
+    """Whether nothing is rounded, no bits are read as other numbers, and no device is left."""
     before, after = fake_value(source), fake_value(node)
     is_tensor = isinstance(before, torch.Tensor) and isinstance(after, torch.Tensor)
-    return is_tensor and before.dtype == after.dtype and before.device == after.device
+    if not is_tensor or before.device != after.device:
+        return False
+    is_wider = torch.promote_types(before.dtype, after.dtype) == after.dtype
+    is_float = before.dtype.is_floating_point and packet_of(node) in _COPIES
+    return before.dtype == after.dtype or (is_float and is_wider)
 
 
 def _unscale(state: Peeled, source: Node) -> Peeled | None:

@@ -128,6 +128,11 @@ class _Walk:
             raise _LeftTableError(f"`{node.name}` makes the logits {fake_value(node).dtype}")
         return node.args[0]
 
+    def dropout(self, node: Node) -> Any:
+        if bound_arguments(node)["train"]:
+            raise _LeftTableError(f"`{node.name}` drops logits", SkipCode.DROPOUT)
+        return node.args[0]
+
     def layout(self, node: Node) -> Any:
         if not keeps_numbers(node):
             raise _LeftTableError(f"`{node.name}` reads the logits as {fake_value(node).dtype}")
@@ -232,6 +237,7 @@ class _Walk:
         **dict.fromkeys((aten.masked_fill, aten.masked_fill_), masked_fill),
         **dict.fromkeys((aten.maximum, aten.max, aten.clamp, aten.clamp_min), floor),
         aten.tanh: tanh,
+        aten.dropout: dropout,
         aten.where: where,
         aten.cat: concatenation,
     }

@@ -398,7 +398,7 @@ def dropout_in_training_then_none(q, k, v):
     return F.dropout(weights, 0.0, training=True) @ v
 
 
-@near_miss(SkipCode.AMBIGUOUS)
+@near_miss(SkipCode.DROPOUT)
 def dropout_of_logits(q, k, v):
     return F.dropout(q @ k.mT, 0.1, training=True).softmax(-1) @ v
 
