@@ -37,7 +37,7 @@ SAMPLE = (
     "bart / eager / padding in encoder and decoder / static / export",
     "vit / sdpa / no mask / dynamic / export",
     "wav2vec2 / sdpa / right padding / static / export",
-    "paligemma / eager / left padding / static / export",
+    "clip / eager / right padding / static / export",
     "timm vit / eager / no mask / static / export",
     "flux / sdpa / no mask / dynamic / dynamo",
     "unet / sdpa / no mask / static / export",

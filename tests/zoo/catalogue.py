@@ -148,7 +148,7 @@ def _introduction(run: Totals, versions: Mapping[str, str], ways: Mapping[str, i
         "",
         f"- {run.architectures} architectures, {run.cells} cells: {outcomes}. *Unavailable* are "
         "cells that PyTorch",
-        "  alone cannot compile or export; they are listed at the end.",
+        "  alone cannot compile, or export and export again; they are listed at the end.",
         f"- {run.sites} sites ran; {run.possible} of them can be block-sparse in principle (no "
         "bias on the logits,",
         f"  weights not returned, more than one query token). Sparse are {run.sparse}: "

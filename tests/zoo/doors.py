@@ -68,7 +68,12 @@ def compile_plain(module: nn.Module, *, dynamic: bool) -> Compiled:
 
 
 def export_plain(module: nn.Module, inputs: Any, dynamic_shapes: Any) -> Compiled:
-    """Export without us, as ``seer_compile.export`` tries to."""
+    """Export without us as ``seer_compile.export`` does it: the module, then what came out."""
+    once = _exported(module, inputs, dynamic_shapes)
+    return _exported(once.module(check_guards=False), inputs, dynamic_shapes).module()
+
+
+def _exported(module: nn.Module, inputs: Any, dynamic_shapes: Any) -> torch.export.ExportedProgram:
     failures = []
     for defers in (False, True):
         try:
@@ -77,7 +82,7 @@ def export_plain(module: nn.Module, inputs: Any, dynamic_shapes: Any) -> Compile
                 (inputs,),
                 dynamic_shapes=dynamic_shapes,
                 prefer_deferred_runtime_asserts_over_guards=defers,
-            ).module()
+            )
         except Exception as failure:
             failures.append(failure)
     raise failures[0]
