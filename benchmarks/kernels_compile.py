@@ -16,6 +16,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -65,6 +66,7 @@ class Compiled:
         return (
             f"{self.name:22} {self.warps:2} warps {self.registers:3} registers"
             f" {self.stack:4} B stack {self.shared / 1024:6.1f} KiB shared"
+            f" {self.local_memory:4} local {self.products}"
         )
 
     @property
@@ -78,11 +80,24 @@ class Compiled:
         return int(re.findall(r"STACK:(\d+)", self.tool("cuobjdump", "-res-usage"))[-1])
 
     @property
+    def products(self) -> str:
+        """How many asynchronous matrix products there are, and in how many groups.
+
+        As many groups as products: the assembler serialised them.
+        """
+        all_products = re.findall(r"\bHGMMA\b[^;]*", self.sass)
+        if not all_products:
+            return ""
+        groups = sum("gsb0" in product for product in all_products)
+        copies = len(re.findall(r"\bUTMALDG\b", self.sass))
+        return f"{len(all_products)} products in {groups} groups, {copies} copies"
+
+    @property
     def local_memory(self) -> int:
         """Instructions that read or write local memory, as spills do."""
         return len(re.findall(r"\b(?:LDL|STL)\b", self.sass))
 
-    @property
+    @cached_property
     def sass(self) -> str:
         """The machine code."""
         return self.tool("cuobjdump", "--dump-sass")
@@ -129,6 +144,16 @@ def attention_forward(dtype, dim, query_block, key_block, selections, **visibili
     launch(*arguments, **{"upper": 0, **visibility})
 
 
+def hopper_attention(dtype, dim, query_block, key_block, selections, **visibility):
+    from seer_compile.kernels.triton.hopper_attention import launch
+
+    query = torch.zeros(1, 8, 256, dim, dtype=dtype)
+    key = torch.zeros(1, 2, 256, dim, dtype=dtype)
+    indices, counts = _selection(1, selections, 256, 256, query_block, key_block)
+    arguments = (query, key, key, indices, counts, 0.1, query_block, key_block)
+    launch(*arguments, **{"upper": 0, **visibility})
+
+
 def attention_backward(dtype, dim, query_block, key_block, selections):
     from seer_compile.kernels.triton.attention_backward import launch
 
@@ -167,7 +192,7 @@ def attention_mass(dtype, dim, query_unit, key_unit):
     launch(query, query[:, :2], 0.1, query_unit, key_unit, "mean", "sum", upper=0)
 
 
-_BF16, _FP32 = torch.bfloat16, torch.float32
+_BF16, _FP16, _FP32 = torch.bfloat16, torch.float16, torch.float32
 CASES = {
     "attention_forward": (
         attention_forward,
@@ -177,6 +202,15 @@ CASES = {
             (_BF16, 256, 128, 128, 8),
             (_BF16, 80, 32, 16, 8),
             (_FP32, 256, 128, 128, 8),
+        ],
+    ),
+    "hopper_attention": (
+        hopper_attention,
+        [
+            (_BF16, 128, 64, 64, 2),
+            (_BF16, 128, 64, 64, 8),
+            (_FP16, 64, 128, 128, 8),
+            (_BF16, 256, 64, 64, 2),
         ],
     ),
     "attention_backward": (

@@ -135,7 +135,9 @@ def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTilin
 
     Two groups of 64 rows that share key tiles halve the traffic from the second-level cache; where
     neither the query block nor a shared selection allows that, two programs of one group share a
-    multiprocessor, so that the softmax of one runs behind the products of the other.
+    multiprocessor, so that the softmax of one runs behind the products of the other. Two tiles per
+    slot save a quarter of the instructions, but Triton 3.9 spills with them and its assembler then
+    serialises the products.
 
     Args:
         layout: How heads map to key heads and selections.
@@ -148,13 +150,13 @@ def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTilin
         consumers, heads = 2, 2
     else:
         consumers, heads = 1, 1
-    in_registers, is_wide = dim <= 128, dim == 256
+    in_registers = dim <= 128
     if consumers == 2:
-        tiles, stages = {64: (2, 5), 128: (2, 3), 256: (1, 2)}[dim]
-        return HopperTiling(2, heads, tiles, stages, in_registers, 1, 168)
-    stages = {64: 6, 128: 3, 256: 2}[dim]
-    programs, registers = (1, 168) if is_wide else (2, 128)
-    return HopperTiling(1, 1, 1, stages, in_registers, programs, registers, not is_wide)
+        stages = {64: 10, 128: 6, 256: 2}[dim]
+        return HopperTiling(2, heads, 1, stages, in_registers, 1, 168, True)
+    stages = {64: 6, 128: 3, 256: 3}[dim]
+    programs, registers = (2, 128) if in_registers else (1, 168)
+    return HopperTiling(1, 1, 1, stages, in_registers, programs, registers, True)
 
 
 class BackwardTiling(NamedTuple):

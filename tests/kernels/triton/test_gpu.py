@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[3]
 
@@ -24,3 +25,39 @@ def test_random_configurations_match_float64_on_the_gpu(op):
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
     assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+@pytest.mark.slow
+def test_every_tiling_of_the_hopper_engine_matches_float64_on_the_gpu():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, "benchmarks/engines.py", "--only", "check", "--cases", "4"]
+    result = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-2000:]
+
+
+@pytest.mark.gpu
+def test_the_operator_answers_by_the_engine_that_was_chosen():
+    if torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("no Hopper GPU")
+    from seer_compile.kernels import engines, ops
+    from seer_compile.types import BlockSelection, BlockSize, Visibility
+
+    tokens = torch.randn(1, 4, 256, 64, device="cuda", dtype=torch.bfloat16)
+    indices = torch.arange(4, dtype=torch.int32, device="cuda").expand(1, 4, 4, 4).contiguous()
+    counts = torch.full((1, 4, 4), 4, dtype=torch.int32, device="cuda")
+    results = {}
+    engines.reset()
+    for name in ("portable", "hopper"):
+        with engines.attention_engine(name):
+            results[name], _ = ops.block_sparse_attention(
+                tokens, tokens, tokens, BlockSelection(indices, counts),
+                block_size=BlockSize(), visibility=Visibility(upper=0),
+            )  # fmt: skip
+    assert engines.answers() == {"portable": 1, "hopper": 1}
+    # Each rounds its probabilities and its result to bfloat16, 2^-9 at most.
+    torch.testing.assert_close(results["hopper"], results["portable"], rtol=2**-7, atol=2**-7)
