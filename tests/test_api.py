@@ -484,38 +484,6 @@ def test_a_changed_mask_buffer_sends_the_graph_back_to_dense():
     assert model.seer_report().calls == {"<root>": {"sparse": 2}}
 
 
-def test_every_verb_leaves_global_state_and_the_model_alone(tmp_path):
-    model, tokens = decoder().train(), token_ids(80)
-    gates = tmp_path / "g.safetensors"
-    verbs = [
-        lambda: seer_compile.explain(model, tokens),
-        lambda: seer_compile.optimize(model, example=tokens, inner="eager"),
-        lambda: seer_compile.calibrate(
-            model, batches(4), config=QUICK, density=0.5, progress=False
-        ),
-        lambda: model(tokens),
-        lambda: seer_compile.set_budget(model, density=0.7),
-        lambda: seer_compile.save_gates(model, gates),
-        lambda: seer_compile.load_gates(model, gates),
-        lambda: seer_compile.export(
-            model, (tokens,), dynamic_shapes=({1: torch.export.Dim("t", min=2)},)
-        ),
-        lambda: str(model.seer_report()),
-        lambda: seer_compile.restore(model),
-    ]
-    weights = copy.deepcopy(model.state_dict())
-    flags = [module.training for module in decoder().train().modules()]
-    for number, verb in enumerate(verbs):
-        with warnings.catch_warnings(), assert_global_state_unchanged():
-            warnings.simplefilter("ignore")
-            verb()
-        kept = model.state_dict()
-        assert list(kept) == list(weights), f"verb {number}"
-        assert all(torch.equal(weights[key], kept[key]) for key in weights), f"verb {number}"
-        ours = [m.training for name, m in model.named_modules() if "seer_gates" not in name]
-        assert ours == flags, f"verb {number}"
-
-
 def test_set_budget_takes_exactly_one_target():
     model = optimized()
     with pytest.raises(SeerInputError, match="exactly one"):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import sys
+import warnings
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
 _CONFIG_MODULES = (
@@ -74,3 +78,82 @@ def assert_global_state_unchanged(*, rng: bool = True):
     assert not changes, f"global state changed: {changes}"
     if rng:
         assert torch.equal(seed_state, torch.get_rng_state()), "global random generator advanced"
+
+
+# Whose functions and classes a library might be tempted to replace.
+_PATCHABLE = (
+    "torch",
+    "torch.Tensor",
+    "torch.nn.Module",
+    "torch.nn.MultiheadAttention",
+    "torch.nn.TransformerEncoderLayer",
+    "torch.nn.functional",
+    "torch.nn.attention",
+    "torch.utils.checkpoint",
+    "torch.export",
+    "torch.fx.GraphModule",
+    "torch.fx.Graph",
+    "torch._dynamo",
+    "torch._dynamo.eval_frame",
+    "torch._functorch.aot_autograd",
+    "torch._inductor.compile_fx",
+    "torch.distributed",
+    "transformers.masking_utils",
+    "transformers.modeling_utils",
+    "transformers.integrations.sdpa_attention",
+)
+
+
+def everything_global() -> dict[str, Any]:
+    """Return :func:`global_state`, and generators, warning filters, loggers and attributes.
+
+    Attributes are the functions and classes of modules that are imported, by identity.
+    """
+    state = global_state()
+    state["python random"] = random.getstate()
+    state["numpy random"] = repr(np.random.get_state())
+    state["torch random"] = torch.get_rng_state().numpy().tobytes()
+    state["warning filters"] = list(warnings.filters)
+    state["log level"] = logging.getLogger().level
+    state["log handlers"] = list(logging.getLogger().handlers)
+    state["show warning"] = warnings.showwarning
+    state["exception hook"] = sys.excepthook
+    state["import path"] = list(sys.path)
+    state["fast path"] = torch.backends.mha.get_fastpath_enabled()
+    state["autocast"] = [torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")]
+    for path in _PATCHABLE:
+        for name, value in vars(_owner(path) or object).items():
+            if callable(value) or isinstance(value, (property, classmethod, staticmethod)):
+                state[f"{path}.{name}"] = _Identity(value)
+    return state
+
+
+class _Identity:
+    """Equal to itself alone, whatever the value's own equality says."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Identity) and self.value is other.value
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        return repr(self.value)
+
+
+def _owner(path: str) -> Any:
+    if path in sys.modules:
+        return sys.modules[path]
+    module, _, name = path.rpartition(".")
+    return getattr(sys.modules.get(module), name, None)
+
+
+@contextmanager
+def assert_nothing_global_changes(what: str = "the call"):
+    """Fail when the block changes anything of :func:`everything_global`."""
+    before = everything_global()
+    yield
+    changes = describe_changes(before, everything_global())
+    assert not changes, f"{what} changed {changes}"
