@@ -6,6 +6,7 @@ Letters of shapes: see :mod:`seer_compile.types`. D is the number of densities.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -113,6 +114,7 @@ def measure_sensitivity(
     store: GateStore,
     batches: Iterable[Any],
     *,
+    per_length: int = 1,
     densities: Sequence[float] = DENSITIES,
     progress: bool = False,
 ) -> dict[str, SensitivityCurve]:
@@ -121,7 +123,8 @@ def measure_sensitivity(
     Args:
         run: One forward of the frozen model with a handler; returns what the model returns.
         store: Trained gates.
-        batches: Held-out batches; those of equal length are averaged.
+        batches: Held-out batches, the preferred ones first.
+        per_length: Batches of one length that are measured and averaged; further ones are skipped.
         densities: Asked of every site in turn, ascending.
         progress: Show a progress bar.
 
@@ -132,29 +135,45 @@ def measure_sensitivity(
         CalibrationDataError: An output is not finite, or no tensor to compare is returned.
 
     Cost:
-        One forward per site, density and batch, and one more per batch.
+        One forward per batch, and one more per site and density where it is measured.
     """
     found: dict[str, dict[int, list[list[_Point]]]] = {}
+    measured: Counter[tuple[int, ...]] = Counter()
+    hidden = not progress or distributed.rank() != 0
     with torch.no_grad():
-        for batch in batches:
+        for batch in batches if per_length else ():
             observer = OneSparseSite(store, None, 1.0)
             dense = DenseOutput(run(batch, observer))
-            hidden = not progress or distributed.rank() != 0
-            for name in tqdm(
+            shape = tuple(observer.lengths.values())
+            measured[shape] += 1
+            if measured[shape] > per_length:
+                continue
+            names = tqdm(
                 observer.lengths, desc="Measuring sensitivity", unit="site", disable=hidden
-            ):
-                points: list[_Point] = []
-                for density in densities:
-                    # What every selection keeps can be more than is asked for.
-                    is_reached = bool(points) and density <= points[-1].density
-                    handler = OneSparseSite(store, name, density)
-                    points.append(
-                        points[-1] if is_reached else _point(handler, dense, run(batch, handler))
-                    )
+            )
+            for name in names:
+                points = _points(run, store, batch, dense, name, densities)
                 by_length = found.setdefault(name, {})
                 by_length.setdefault(observer.lengths[name], []).append(points)
     curves = {name: _curve(by_length) for name, by_length in found.items()}
     return _everywhere(store, curves)
+
+
+def _points(
+    run: Run,
+    store: GateStore,
+    batch: Any,
+    dense: DenseOutput,
+    name: str,
+    densities: Sequence[float],
+) -> list[_Point]:
+    points: list[_Point] = []
+    for density in densities:
+        # What every selection keeps can be more than is asked for.
+        is_reached = bool(points) and density <= points[-1].density
+        handler = OneSparseSite(store, name, density)
+        points.append(points[-1] if is_reached else _point(handler, dense, run(batch, handler)))
+    return points
 
 
 def _point(handler: OneSparseSite, dense: DenseOutput, output: Any) -> _Point:

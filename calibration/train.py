@@ -118,9 +118,12 @@ def fit(
                 measure_errors=targets.max_error is not None,
                 progress=progress,
             )
-            some = config.sensitivity_batches
             sensitivities = measure_sensitivity(
-                run, store, (*stream.holdout[:some], *longer[:some]), progress=progress
+                run,
+                store,
+                (*longer, *stream.holdout),
+                per_length=config.sensitivity_batches,
+                progress=progress,
             )
         for name, table in tables.items():
             gate = trainer.gate(name)

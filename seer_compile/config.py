@@ -172,8 +172,8 @@ class CalibrationConfig:
     holdout_batches: int = 4
     """Batches kept out of training, on which the mass and density tables are made."""
     sensitivity_batches: int = 1
-    """Held-out batches, and as many for the curves alone, on which it is measured what each site's
-    sparsity costs the model's output: ten forwards per site and batch. 0 measures nothing."""
+    """Held-out batches per length on which it is measured what the sparsity of each site costs the
+    model's output: at most ten forwards per site and batch. 0 measures nothing."""
     seed: int = 0
     checkpoint_every: int = 50
 

@@ -40,6 +40,20 @@ def test_divergence_falls_with_density_to_nothing(curves):
         assert curve.at(300, [1.0])[0] == 0
 
 
+def test_so_many_batches_of_a_length_are_measured_as_asked_for():
+    forwards = []
+
+    def counted(batch, handler):
+        forwards.append(int(batch["length"]))
+        return run(batch, handler)
+
+    data = [*batches(2, 300), *batches(2, 200)]
+    found = measure_sensitivity(counted, GateStore(GATES), data, densities=(0.5,))
+    assert [curve.lengths for curve in found.values()] == [(200, 300)] * 2
+    assert (forwards.count(300), forwards.count(200)) == (2 + 2, 2 + 2)
+    assert measure_sensitivity(counted, GateStore(GATES), data, per_length=0) == {}
+
+
 def test_densities_are_those_measured(curves):
     for curve in curves.values():
         smallest, middle, large = curve.densities[0]
