@@ -29,6 +29,8 @@ from seer_compile.kernels.triton import (
     hopper_tiles,
     hopper_warps,
 )
+from seer_compile.kernels.triton.hopper_plan import plan, tile_rules
+from seer_compile.kernels.triton.primitives import launching_on, make_band
 from seer_compile.kernels.triton.tuning import HopperTiling
 from seer_compile.types import BlockSelection, Visibility
 from support.assertions import assert_no_worse_than_eager
@@ -202,3 +204,37 @@ def test_nothing_to_read_gives_zeros(queries, play):
 def test_a_negative_scale_turns_the_order_of_logits(play):
     inputs, tiling = long_inputs("one group", 3, q_len=70, k_len=300)
     check(inputs := {**inputs, "scale": -0.2}, play(inputs, tiling, 0))
+
+
+@pytest.mark.parametrize("name", ["shared rows", "documents", "padding", "one group"])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_tile_is_masked_only_if_some_query_may_not_read_all_of_it(name, seed):
+    settings, _ = CASES[name]
+    inputs = attention_inputs({**settings, "longest": 700}, Draw(13, seed), "cpu", True)
+    visibility, blocks = inputs["visibility"], inputs["blocks"]
+    lengths = inputs["query"].shape[2], inputs["key"].shape[2]
+    rules = visibility.as_arguments()
+    band = make_band(rules["upper"], rules["lower"], rules["offset"])
+    fine = [rules[kind] for kind in ("key_padding", "query_documents", "key_documents")]
+    with launching_on(inputs["query"].float(), "query"):
+        lists = plan(*inputs["selection"], band, tile_rules(*fine, blocks[0]), lengths, blocks, 1)
+    readable = reference.token_mask(visibility, *lengths, torch.device("cpu"))
+    mask = _read_mask(inputs)
+    batch, heads, rows = inputs["selection"].counts.shape
+    for row in range(batch * heads * rows):
+        b, head, block = row // rows // heads, row // rows % heads, row % rows
+        queries = slice(block * blocks[0], min((block + 1) * blocks[0], lengths[0]))
+        wanted = {"masked": [], "whole": []}
+        for tile in range(-(-lengths[1] // 64)):
+            keys = slice(tile * 64, (tile + 1) * 64)
+            seen = readable.expand(batch, -1, -1, -1)[b, 0, queries, keys]
+            per_selection = mask.shape[1] // heads
+            if mask[b, head * per_selection, queries, keys].any():
+                is_whole = seen.all() and seen.shape[1] == 64
+                wanted["whole" if is_whole else "masked"].append(tile)
+        masked, whole = int(lists.masked[row]), int(lists.whole[row])
+        found = lists.tiles[row].tolist()
+        # Nothing readable may stay in a list, and be masked: documents decide token by token.
+        assert set(wanted["masked"]) <= set(found[:masked])
+        assert found[lists.capacity - whole :][::-1] == wanted["whole"]
+        assert not set(found[:masked]) & set(wanted["whole"])
