@@ -206,13 +206,23 @@ def test_a_negative_scale_turns_the_order_of_logits(play):
     check(inputs := {**inputs, "scale": -0.2}, play(inputs, tiling, 0))
 
 
+def ragged_rules(name, q_len, k_len):
+    """Return padding after some keys, or three documents, for the cases that are called so."""
+    if name == "padding":
+        return {"key_padding": (torch.arange(k_len) < k_len - 100)[None]}
+    if name == "documents":
+        query_documents, key_documents = (
+            (torch.arange(length) * 3 // length)[None] for length in (q_len, k_len)
+        )
+        return {"query_documents": query_documents, "key_documents": key_documents}
+    return {"lower": -300}
+
+
 @pytest.mark.parametrize("name", ["shared rows", "documents", "padding", "one group"])
-@pytest.mark.parametrize("seed", range(3))
-def test_a_tile_is_masked_only_if_some_query_may_not_read_all_of_it(name, seed):
-    settings, _ = CASES[name]
-    inputs = attention_inputs({**settings, "longest": 700}, Draw(13, seed), "cpu", True)
+@pytest.mark.parametrize("lengths", [(500, 700), (640, 640), (70, 1000)])
+def test_a_tile_is_masked_only_if_some_query_may_not_read_all_of_it(name, lengths):
+    inputs, _ = long_inputs(name, 5, *lengths, **ragged_rules(name, *lengths))
     visibility, blocks = inputs["visibility"], inputs["blocks"]
-    lengths = inputs["query"].shape[2], inputs["key"].shape[2]
     rules = visibility.as_arguments()
     band = make_band(rules["upper"], rules["lower"], rules["offset"])
     fine = [rules[kind] for kind in ("key_padding", "query_documents", "key_documents")]
@@ -221,6 +231,7 @@ def test_a_tile_is_masked_only_if_some_query_may_not_read_all_of_it(name, seed):
     readable = reference.token_mask(visibility, *lengths, torch.device("cpu"))
     mask = _read_mask(inputs)
     batch, heads, rows = inputs["selection"].counts.shape
+    assert lists.whole.max() >= 3
     for row in range(batch * heads * rows):
         b, head, block = row // rows // heads, row // rows % heads, row % rows
         queries = slice(block * blocks[0], min((block + 1) * blocks[0], lengths[0]))
