@@ -104,11 +104,17 @@ def planted_windows(
     return windows
 
 
+# Windows of each length that share no token with others: more than calibration holds out.
+_KEPT_APART = 8
+
+
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
 class CalibrationWindows:
     """Batches of one window each, in a fixed random order; can be iterated again and again.
 
-    Lengths take turns, so that a gate meets all of them.
+    Lengths take turns, so that a gate meets all of them. The text is cut several times, each time
+    at other places: a gate sees tokens pooled with other neighbours and learns less by heart. The
+    first windows of each length, which calibration may hold out, share no token with any other.
     """
 
     tokens: np.ndarray
@@ -117,11 +123,15 @@ class CalibrationWindows:
     """Tokens per window."""
     seed: int = 0
     count: int | None = None
-    """Windows per length; as many as fit side by side when None."""
+    """Windows per length; those of all cuts when None."""
+    cuts: int = 16
+    """Times the text is cut into windows side by side."""
     model_arguments: tuple[tuple[str, Any], ...] = (("use_cache", False),)
     """Further keyword arguments of the model, the same in every batch."""
 
     def __post_init__(self) -> None:
+        if self.cuts < 1:
+            raise RangeError(argument="cuts", got=self.cuts, expected=">= 1")
         for length in self.lengths:
             window_starts(len(self.tokens), length, 1)
 
@@ -138,13 +148,31 @@ class CalibrationWindows:
                     yield {"input_ids": self._window(order[turn], length), **self._fixed()}
 
     def _starts(self) -> list[list[int]]:
-        return [self._shuffled(length) for length in self.lengths]
+        """Return the starts of each length's windows: those kept apart, then all others."""
+        everywhere = [self._cuts_of(length) for length in self.lengths]
+        apart: list[tuple[int, int]] = []
+        firsts: list[list[int]] = []
+        for length, starts in zip(self.lengths, everywhere, strict=True):
+            room = len(self.tokens) // length
+            alone = [start for start in starts[:room] if not _overlaps(start, length, apart)]
+            first = (alone or starts)[: min(_KEPT_APART, max(1, room // 4))]
+            apart += [(start, start + length) for start in first]
+            firsts.append(first)
+        return [
+            [*first, *(start for start in starts if not _overlaps(start, length, apart))][
+                : self.count
+            ]
+            for length, first, starts in zip(self.lengths, firsts, everywhere, strict=True)
+        ]
 
-    def _shuffled(self, length: int) -> list[int]:
-        room = len(self.tokens) // length
-        count = room if self.count is None else min(self.count, room)
+    def _cuts_of(self, length: int) -> list[int]:
         generator = np.random.default_rng((self.seed, length))
-        return [int(place) * length for place in generator.permutation(room)[:count]]
+        shifts = [0, *(1 + generator.permutation(length - 1)[: self.cuts - 1])]
+        starts: list[int] = []
+        for shift in map(int, shifts):
+            places = generator.permutation((len(self.tokens) - shift) // length)
+            starts += [int(place) * length + shift for place in places]
+        return starts
 
     def _window(self, start: int, length: int) -> Tensor:
         window = np.asarray(self.tokens[start : start + length], dtype=np.int64)
@@ -152,6 +180,10 @@ class CalibrationWindows:
 
     def _fixed(self) -> dict[str, Any]:
         return dict(self.model_arguments)
+
+
+def _overlaps(start: int, length: int, spans: Iterable[tuple[int, int]]) -> bool:
+    return any(start < last and first < start + length for first, last in spans)
 
 
 def as_batches(

@@ -184,15 +184,34 @@ def test_windows_without_keys_need_no_tokenizer():
 
 
 def test_calibration_windows_mix_lengths_and_can_be_read_again():
-    data = CalibrationWindows(tokens=text_tokens(1000), lengths=(100, 300), seed=1)
+    data = CalibrationWindows(tokens=text_tokens(3000), lengths=(100, 300), seed=1)
     shapes = [batch["input_ids"].shape[1] for batch in data]
-    assert len(data) == len(shapes) == 13
+    assert len(data) == len(shapes) > 60
     assert shapes[:6] == [100, 300] * 3
     first, second = ([batch["input_ids"] for batch in data] for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert all(batch["use_cache"] is False for batch in data)
-    other = CalibrationWindows(tokens=text_tokens(1000), lengths=(100, 300), seed=2)
+    other = CalibrationWindows(tokens=text_tokens(3000), lengths=(100, 300), seed=2)
     assert any(not torch.equal(a, b["input_ids"]) for a, b in zip(first, other, strict=True))
+
+
+@pytest.mark.parametrize("lengths", [(100,), (100, 300)])
+@pytest.mark.parametrize("total", [1200, 9000])
+def test_first_windows_share_no_token_with_any_other(total, lengths):
+    numbered = np.arange(total)
+    data = [
+        batch["input_ids"][0].tolist()
+        for batch in CalibrationWindows(tokens=numbered, lengths=lengths, seed=3)
+    ]
+    starts = [window[0] for window in data if len(window) == 100]
+    assert any(start % 100 for start in starts)  # later cuts lie elsewhere
+    assert len(set(starts)) == len(starts)
+    for length in lengths:
+        windows = [window for window in data if len(window) == length]
+        held_out = windows[: min(8, total // length // 4)]
+        assert held_out
+        for window in held_out:
+            assert all(other is window or not set(other) & set(window) for other in data)
 
 
 def test_calibration_windows_refuse_a_stream_shorter_than_a_window():
