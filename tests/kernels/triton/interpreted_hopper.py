@@ -231,7 +231,7 @@ def test_a_tile_is_masked_only_if_some_query_may_not_read_all_of_it(name, length
     readable = reference.token_mask(visibility, *lengths, torch.device("cpu"))
     mask = _read_mask(inputs)
     batch, heads, rows = inputs["selection"].counts.shape
-    assert lists.whole.max() >= 3
+    assert lists.whole.any()
     for row in range(batch * heads * rows):
         b, head, block = row // rows // heads, row // rows % heads, row % rows
         queries = slice(block * blocks[0], min((block + 1) * blocks[0], lengths[0]))
