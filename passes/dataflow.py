@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -51,6 +52,15 @@ def keeps_numbers(node: Node) -> bool:
     before, after = fake_value(node.args[0]).dtype, fake_value(node).dtype
     is_float = before.is_floating_point and after.is_floating_point
     return before == after or (is_float and packet_of(node) in COPIES)
+
+
+def varies_with(value: Any, sizes: Sequence[Any]) -> bool:
+    """Whether a number is made of some sizes, so that making it constant would fix those."""
+    number = fake_value(value)
+    if not isinstance(number, torch.SymInt | torch.SymFloat):
+        return False
+    symbols = [size.node.expr.free_symbols for size in sizes if isinstance(size, torch.SymInt)]
+    return bool(number.node.expr.free_symbols & set().union(*symbols))
 
 
 def leads_to_product(value: Any) -> bool:

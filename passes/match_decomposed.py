@@ -19,9 +19,10 @@ from seer_compile.passes.contractions import Contraction, as_contraction
 from seer_compile.passes.dataflow import leads_to_product, only_observes
 from seer_compile.passes.follow_weights import moved, products_of, routes_to_product
 from seer_compile.passes.fx_utils import bound_arguments, tensor_shape
+from seer_compile.passes.logit_chain import Effect, LogitChain
 from seer_compile.passes.matches import HIDING, MOST_SHIFTED, Match
 from seer_compile.passes.mutation import Mutations
-from seer_compile.passes.trace_logits import Effect, LogitChain, Number, trace_logits
+from seer_compile.passes.trace_logits import Number, trace_logits
 from seer_compile.types import MaskTerm, SkipCode
 
 aten = torch.ops.aten

@@ -14,6 +14,7 @@ from torch.fx import Node
 
 from seer_compile.passes.attention_axes import Products
 from seer_compile.passes.axes import AxisBook, Layout, shape_of
+from seer_compile.passes.dataflow import varies_with
 from seer_compile.passes.fx_utils import bound_arguments, is_known
 from seer_compile.passes.matches import Match
 from seer_compile.passes.peel_layouts import peel
@@ -34,7 +35,9 @@ def match_fused(node: Node, number: Number) -> Match:
     match = Match("sdpa", node, node, node, AxisBook(), operands=operands)
     match.is_causal = bool(arguments["is_causal"])
     scale = arguments["scale"]
-    match.scale = None if scale is None else number(scale)
+    lengths = [shape_of(operand)[-2] for operand in operands[:2]]
+    is_fixed = scale is not None and not varies_with(scale, lengths)
+    match.scale = number(scale) if is_fixed else None
     if scale is not None and match.scale is None:
         match.refuse(SkipCode.SCALE, f"`{scale}`")
     match.dropout = number(arguments["dropout_p"]) or 0.0

@@ -17,7 +17,14 @@ from torch.fx import Node
 
 from seer_compile.passes.axes import permutation_of
 from seer_compile.passes.contractions import CONTRACTIONS
-from seer_compile.passes.dataflow import COPIES, VIEWS, keeps_numbers, leads_to_product, row_maximum
+from seer_compile.passes.dataflow import (
+    COPIES,
+    VIEWS,
+    keeps_numbers,
+    leads_to_product,
+    row_maximum,
+    varies_with,
+)
 from seer_compile.passes.fx_utils import (
     bound_arguments,
     fake_value,
@@ -25,37 +32,12 @@ from seer_compile.passes.fx_utils import (
     packet_of,
     tensor_shape,
 )
+from seer_compile.passes.logit_chain import Effect, LogitChain
 from seer_compile.types import SkipCode, SkipReason
 
 aten = torch.ops.aten
 _LONGEST = 40
 Number = Callable[[Any], float | None]
-EffectKind = Literal["layout", "scale", "shift", "tanh", "floor", "add", "masked_fill", "where"]
-
-
-@dataclass(frozen=True, slots=True)
-class Effect:
-    """One call on the way from the product to the softmax."""
-
-    kind: EffectKind
-    node: Node
-    number: float = 1.0
-    """Factor of ``scale``, summand of ``shift``, bound of ``floor``, weight of ``add``."""
-    operand: Node | None = None
-    fill: Any = None
-
-
-@dataclass(frozen=True, slots=True)
-class LogitChain:
-    """The way from the product to the softmax."""
-
-    product: Node | None
-    """None where the walk failed; ``obstacles`` says why."""
-    effects: tuple[Effect, ...] = ()
-    """In the order of execution."""
-    helpers: frozenset[Node] = frozenset()
-    """Nodes beside the chain that belong to the softmax, such as the maximum it subtracts."""
-    obstacles: tuple[SkipReason, ...] = ()
 
 
 def trace_logits(softmax: Node, number: Number) -> LogitChain:
@@ -145,6 +127,9 @@ class _Walk:
 
     def scale(self, node: Node) -> Any:
         left, right = node.args[:2]
+        lengths = (tensor_shape(node) or ())[-2:]
+        if varies_with(left, lengths) or varies_with(right, lengths):
+            raise _LeftTableError(f"`{node.name}` varies with the tokens", SkipCode.SCALE)
         factor = self.number(right)
         is_division = packet_of(node) in (aten.div, aten.div_)
         if is_division and bound_arguments(node).get("rounding_mode") is not None:

@@ -9,7 +9,7 @@ from support.graphs import trace
 from support.near_misses import assert_same_results
 from support.rewriting import answer_sparsely, new_store, rewrite
 
-QUICK, THOROUGH = 60, 1500
+QUICK, THOROUGH = 40, 1500
 
 
 def rewritten(program, inputs, *, dynamic=False):

@@ -79,7 +79,7 @@ def run_together(batch, *, dynamic):
         assert got in (expected or {None}), f"{one.name}: {decision.reason}, expected {expected}"
     judge(batch, result, tensors)
     if dynamic:
-        judge(batch, result, [tensors_of(one, OTHER_LENGTHS.get(one.lengths)) for one in batch])
+        judge(batch, result, [tensors_of(one, OTHER_LENGTHS[one.lengths]) for one in batch])
     return [
         f"dense: {decision.reason.code.name}" if decision.reason else "replaced"
         for decision in result.plan.decisions

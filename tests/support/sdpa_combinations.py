@@ -24,8 +24,13 @@ from support.graphs import causal, repeat_kv
 
 BATCH, HEADS, KV_HEADS, HEAD_DIM = 2, 4, 2, 16
 LENGTHS = {"square": (40, 40), "cached": (24, 40), "long_queries": (40, 24), "decode": (1, 40)}
-OTHER_LENGTHS = {"square": (57, 57), "cached": (33, 57), "long_queries": (57, 33)}
-"""What a graph of symbolic lengths is run at too."""
+OTHER_LENGTHS = {
+    "square": (57, 57),
+    "cached": (33, 57),
+    "long_queries": (57, 33),
+    "decode": (1, 57),
+}
+"""What a graph of symbolic lengths is run at too; sizes that were equal stay so."""
 NEG = float("-inf")
 
 
@@ -165,7 +170,7 @@ def _draws(
     if is_causal and made is not None:
         return 1
     is_left = dropout > 0 or lengths == "decode" or (made is not None and made.reason is not None)
-    return 2 if is_left or heads == "ungrouped" else 9
+    return 1 if is_left or heads == "ungrouped" else 6
 
 
 def sample(count: int, seed: int = 0) -> list[Combination]:
