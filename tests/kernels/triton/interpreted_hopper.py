@@ -219,7 +219,7 @@ def ragged_rules(name, q_len, k_len):
 
 
 @pytest.mark.parametrize("name", ["shared rows", "documents", "padding", "one group"])
-@pytest.mark.parametrize("lengths", [(500, 700), (640, 640), (70, 1000)])
+@pytest.mark.parametrize("lengths", [(500, 700), (640, 640), (770, 1000)])
 def test_a_tile_is_masked_only_if_some_query_may_not_read_all_of_it(name, lengths):
     inputs, _ = long_inputs(name, 5, *lengths, **ragged_rules(name, *lengths))
     visibility, blocks = inputs["visibility"], inputs["blocks"]
