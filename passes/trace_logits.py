@@ -99,11 +99,17 @@ class _Walk:
         """Note what ``baddbmm`` does besides multiplying."""
         if packet_of(product) is not aten.baddbmm:
             return
-        arguments = bound_arguments(product)
-        weight = float(arguments["beta"])
+        weight = self._weight(product, "beta")
         if weight != 0:
-            self.effects.append(Effect("add", product, weight, arguments["self"]))
-        self.effects.append(Effect("scale", product, float(arguments["alpha"])))
+            self.effects.append(Effect("add", product, weight, bound_arguments(product)["self"]))
+        self.effects.append(Effect("scale", product, self._weight(product, "alpha")))
+
+    def _weight(self, node: Node, name: str) -> float:
+        """Return a numeric argument, which dynamic capture may have made symbolic."""
+        weight = self.number(bound_arguments(node)[name])
+        if weight is None:
+            raise _LeftTableError(f"`{name}` of `{node.name}` is not constant", SkipCode.SCALE)
+        return weight
 
     def copy(self, node: Node) -> Any:
         if not keeps_numbers(node):
@@ -144,7 +150,7 @@ class _Walk:
 
     def add(self, node: Node) -> Any:
         left, right = node.args[:2]
-        weight = float(bound_arguments(node)["alpha"])
+        weight = self._weight(node, "alpha")
         if packet_of(node) in (aten.sub, aten.sub_):
             stabiliser = row_maximum(right, left)
             if stabiliser is not None and weight == 1:
