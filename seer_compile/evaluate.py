@@ -94,7 +94,7 @@ class Evaluator:
             :func:`seer_compile.token_data.planted_windows`.
         block_size: Tokens per block of the matched methods; gates bring their own.
         allocation: How the gates of the sites share a density; matched methods give every site
-            the asked one.
+            the asked one. May be changed between runs.
         model_arguments: Further keyword arguments of the forward.
         notify: Called with one line of text before each piece of work.
     """
@@ -116,7 +116,7 @@ class Evaluator:
         self.block_size = block_size or BlockSize()
         self.device = next(model.parameters()).device
         self._arguments = dict(model_arguments or {})
-        self._allocation: Allocation | None = allocation
+        self.allocation: Allocation | None = allocation
         self._notify = notify
         self._dense_loss: dict[int, float] = {}
         self._dense_graph_ms: dict[tuple[str, int], float] = {}
@@ -201,7 +201,7 @@ class Evaluator:
                 f"the method {method.name!r} needs calibrated gates",
                 hint="Calibrate the model or load gates first.",
             )
-        store.set_budget(density=density, allocation=self._allocation)
+        store.set_budget(density=density, allocation=self.allocation)
         key = (method.name, length)
         if key not in self._dense_graph_ms:
             self._dense_graph_ms[key] = self._time_dense_graph(method, length, store)
