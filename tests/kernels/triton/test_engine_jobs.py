@@ -20,6 +20,9 @@ for job in json.loads(sys.argv[2]):
         os._exit(3)
     print("a line of no concern")
     print("ROWS " + json.dumps([{"did": job}]), flush=True)
+    if job == "broken":
+        print("AGAIN", flush=True)
+        os._exit(0)
 """
 
 
@@ -28,14 +31,26 @@ def test_jobs_after_a_hang_and_a_death_run_all_the_same(tmp_path):
 
     program = tmp_path / "worker.py"
     program.write_text(WORKER)
-    jobs = ["first", "hang", "second", "die", "third"]
+    jobs = ["first", "hang", "broken", "second", "die", "third"]
     rows = dict(supervise(jobs, 3.0, str(program)))
     assert list(rows) == jobs
-    assert [rows[name] for name in ("first", "second", "third")] == [
-        [{"did": name}] for name in ("first", "second", "third")
+    assert [rows[name] for name in ("first", "broken", "second", "third")] == [
+        [{"did": name}] for name in ("first", "broken", "second", "third")
     ]
     assert rows["hang"] == [{"failed": "nothing for 3.0 s: killed"}]
     assert rows["die"] == [{"failed": "the process ended with 3"}]
+
+
+def test_many_hangs_end_the_run(tmp_path):
+    from engines import MOST_KILLED, supervise
+
+    program = tmp_path / "worker.py"
+    program.write_text(WORKER.replace('job == "hang"', 'job.startswith("hang")'))
+    jobs = [f"hang {number}" for number in range(MOST_KILLED)] + ["first", "second"]
+    rows = dict(supervise(jobs, 0.5, str(program)))
+    assert list(rows) == jobs
+    assert all("killed" in rows[job][0]["failed"] for job in jobs[:MOST_KILLED])
+    assert all("not run" in rows[job][0]["failed"] for job in jobs[MOST_KILLED:])
 
 
 def test_every_tiling_of_the_table_is_checked_and_timed():
