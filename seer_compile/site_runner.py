@@ -6,6 +6,7 @@ compiled further. Graphs are kept per model and serve all lengths.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import threading
@@ -19,6 +20,7 @@ import torch
 from torch import nn
 from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
+from torch.nn.parallel import DistributedDataParallel
 
 from seer_compile.errors import DenseFallbackWarning, ModelStateError, SeerError
 from seer_compile.generation import is_decoding_step
@@ -88,13 +90,27 @@ def compiled_entry(
                 return type(args[0])._call_impl(*args, **kwargs)
             return apart(*args, **kwargs)
         try:
-            return compiled(*args, **kwargs)
+            with _one_graph_under_data_parallel():
+                return compiled(*args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, SeerError):
                 raise failure.inner_exception from failure
             raise
 
     return call
+
+
+def _one_graph_under_data_parallel() -> contextlib.AbstractContextManager[Any]:
+    """Keep Dynamo from cutting the graph at the gradient buckets of DistributedDataParallel.
+
+    A mask that is made before a cut proves nothing behind it, and every site there would be dense.
+    Gradients are reduced after the backward graph instead of during it. A choice of the user's
+    (``python_reducer``) stays.
+    """
+    active = getattr(DistributedDataParallel, "_active_ddp_module", None)
+    if active is None or torch._dynamo.config.optimize_ddp not in (True, "ddp_optimizer"):
+        return contextlib.nullcontext()
+    return torch._dynamo.config.patch(optimize_ddp=False)
 
 
 def _exported(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:

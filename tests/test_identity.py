@@ -229,6 +229,31 @@ def test_data_parallel_processes_agree_on_names_and_weights():
     assert weights == pytest.approx([weights[0]] * 4, rel=1e-5)
 
 
+@pytest.mark.slow
+def test_data_parallel_buckets_do_not_cut_masks_off(tmp_path, monkeypatch):
+    """Dynamo would split the graph at gradient buckets, behind which the mask is a mere input."""
+    from torch import distributed as dist
+
+    store = dist.FileStore(str(tmp_path / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        monkeypatch.setattr(dist, "_DEFAULT_FIRST_BUCKET_BYTES", 8000)
+        model = architecture("llama").train()
+        seer_compile.optimize(model, zero_shot=True, inner="aot_eager")
+        wrapped = nn.parallel.DistributedDataParallel(model, bucket_cap_mb=0.01)
+        mask = torch.ones(2, 150, dtype=torch.int64)
+        mask[0, :40] = 0
+        inputs = {"input_ids": token_ids(150, batch=2), "attention_mask": mask}
+        wrapped(**inputs, use_cache=False).logits.sum().backward()
+    finally:
+        dist.destroy_process_group()
+    report = model.seer_report()
+    assert report.graphs == 1
+    assert {(row.site.decision, row.site.visibility) for row in report.rows} == {
+        ("sparse", "causal + key padding")
+    }
+
+
 # --- adapters --------------------------------------------------------------------------------
 
 
