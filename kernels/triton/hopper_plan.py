@@ -207,7 +207,9 @@ def plan(
     per_block = blocks[1] // TILE_KEYS
     capacity = listed * per_block
     tiles = torch.empty((rows, capacity), dtype=torch.int32, device=indices.device)
-    masked, whole = torch.empty((2, rows), dtype=torch.int32, device=indices.device)
+    # Each of its own: a compiled kernel serves one alignment of each pointer.
+    masked = torch.empty(rows, dtype=torch.int32, device=indices.device)
+    whole = torch.empty_like(masked)
     queue = torch.empty(1, dtype=torch.int32, device=indices.device)
     _split_lists[(rows,)](
         indices.contiguous(),
