@@ -11,6 +11,7 @@ from torch import nn
 from seer_compile.types import SkipCode
 from support.graphs import NEG, B, D, H, T, causal, draw, encoder_layer, qkv
 from support.mask_oracle import check_all, inspect
+from support.rewriting import answer_sparsely, new_store, rewrite
 
 W = H * D
 square = nn.Transformer.generate_square_subsequent_mask
@@ -193,3 +194,23 @@ def test_scale_that_changes_with_the_tokens_is_not_made_constant():
     assert inspect(scaled, *qkv(), dynamic=True).verdicts == [SkipCode.SCALE]
     torch._dynamo.reset()
     assert inspect(scaled, *qkv(), dynamic=False).verdicts == ["full"]
+
+
+def test_flex_attention_stays_as_it_is_beside_a_site_that_is_replaced():
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    def both(q, k, v):
+        mask = create_block_mask(lambda b, h, i, j: i >= j, None, None, 128, 128, device="cpu")
+        inner = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        return flex_attention(q, k, inner, block_mask=mask)
+
+    q, k, v = qkv(tokens=128, dim=16)
+    inspected = inspect(both, q, k, v)
+    assert inspected.verdicts == ["causal", SkipCode.FLEX]
+    result = rewrite(inspected.captured, store := new_store())
+    answer_sparsely(store)
+    assert result.rewritten == ("<root>",)
+    expected = F.scaled_dot_product_attention(
+        q, k, F.scaled_dot_product_attention(q, k, v, is_causal=True), is_causal=True
+    )
+    torch.testing.assert_close(result.graph_module(q, k, v)[0], expected)
