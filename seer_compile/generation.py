@@ -50,9 +50,9 @@ def entry_modules(model: nn.Module) -> tuple[nn.Module, ...]:
 
 
 def _add_part(entries: list[nn.Module], model: nn.Module, part: Any) -> None:
-    if any(module is part for module in model.modules()):
-        if not any(module is part for module in entries):
-            entries.append(part)
+    is_part = any(module is part for module in model.modules())
+    if is_part and not any(module is part for module in entries):
+        entries.append(part)
 
 
 def is_decoding_step(arguments: dict[str, Any]) -> bool:
