@@ -187,6 +187,9 @@ def _canonical_letters(match: Match, arrangement: Arrangement) -> list[tuple[tup
 
 
 def _renamed(letters: tuple[str, ...], names: list[tuple[tuple[str, ...], str]]) -> tuple[str, ...]:
+    if len(letters) > 1 and letters not in [old for old, _ in names]:
+        # Views cut an axis that batch and heads share; only the parts of heads can follow.
+        names = sorted(names, key=lambda pair: pair[1] == "h")
     renamed: list[str] = []
     while letters:
         old, new = next((o, n) for o, n in names if o and letters[: len(o)] == o)

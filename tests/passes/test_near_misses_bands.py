@@ -208,10 +208,10 @@ def positions_divided_as_numbers(q, k, v):
     return attend(q, k, v, columns / 4 <= rows / 3)
 
 
-@near_miss("causal(offset=-1)")
+@near_miss("causal(offset=-1) + window(14)")
 def neither_oneself_nor_the_farthest(q, k, v):
     rows, columns = positions(q, k)
-    return attend(q, k, v, (columns < rows) & (rows - columns < T))
+    return attend(q, k, v, (columns < rows) & (rows - columns < T - 1))
 
 
 @near_miss(SkipCode.OPAQUE_MASK)
