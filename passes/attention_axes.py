@@ -16,7 +16,7 @@ import torch
 
 from seer_compile.passes.axes import AxisBook, Layout, Letters
 from seer_compile.passes.canonical_steps import steps_from_canonical, steps_to_canonical
-from seer_compile.passes.fx_utils import fake_value
+from seer_compile.passes.fx_utils import fake_value, is_known
 from seer_compile.passes.peel_layouts import Peeled
 from seer_compile.types import LayoutStep, Operand
 
@@ -94,7 +94,8 @@ def _partitions(products: Products, book: AxisBook, count: int) -> list[int]:
     last = set(book.resolve(products.batch[-1]))
     # Five dimensions are batch x groups x repeats where keys repeat over the whole last one,
     # unless their number changes: then the dimension before is one more batch.
-    is_grouped = len(lengths) > 2 and last <= repeated
+    single = {letter for letter in last if is_known(book.sizes[letter] == 1)}
+    is_grouped = len(lengths) > 2 and last <= repeated | single
     return [sum(lengths[:-2]), sum(lengths[:-1])] if is_grouped else [sum(lengths[:-1])]
 
 
