@@ -106,7 +106,7 @@ def _hopper_attention(
     key_ring = _make_ring(key_desc, STAGES, TILES, CONSUMERS)
     value_ring = _make_ring(value_desc, STAGES, TILES, CONSUMERS)
     rings = (query_ring, key_ring, value_ring)
-    item_smem = gl.allocate_shared_memory(gl.int32, [1], mbarrier.MBarrierLayout())
+    item_smem = gl.allocate_shared_memory(gl.int32, [4, 1], mbarrier.MBarrierLayout())
     meeting = _make_barriers(1, CONSUMERS).index(0)
     # The copy engine must see barriers that are ready.
     hopper.fence_async_shared()
@@ -264,9 +264,7 @@ def launch(
     programs = min(items, _multiprocessors(query.device) * tiling.programs)
     rules = tile_rules(key_padding, query_documents, key_documents, query_block)
     with launching_on(query, "query"):
-        lists = plan(
-            indices, counts, band, rules, (q_len, k_len), (query_block, key_block), tiling.tiles
-        )
+        lists = plan(indices, counts, band, rules, (q_len, k_len), (query_block, key_block))
         _hopper_attention[(programs,)](
             _describe(query),
             _describe(key),

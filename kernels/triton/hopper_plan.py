@@ -40,7 +40,7 @@ class Plan(NamedTuple):
     masked: Tensor
     """``Int32[b*s*m]``: tiles at the front of a row."""
     whole: Tensor
-    """``Int32[b*s*m]``: tiles at the end of a row; a multiple of ``whole_step``."""
+    """``Int32[b*s*m]``: tiles at the end of a row."""
     queue: Tensor
     """``Int32[1]``, zero."""
     capacity: int
@@ -127,7 +127,6 @@ def _split_lists(
     BLOCK_Q: tl.constexpr,
     TILES_PER_BLOCK: tl.constexpr,
     TILE_K: tl.constexpr,
-    WHOLE_STEP: tl.constexpr,
     CHUNK: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -144,7 +143,6 @@ def _split_lists(
     row_ptr = tiles_ptr + row * capacity
     masked = 0
     whole = 0
-    last_whole = 0
     for start in range(0, count, CHUNK):
         positions = start + tl.arange(0, CHUNK)
         is_entry = positions < count
@@ -167,13 +165,6 @@ def _split_lists(
         tl.store(row_ptr + tl.where(is_whole, from_end, from_front), tiles, mask=is_entry)
         masked += tl.sum(is_masked.to(tl.int32), 0)
         whole += tl.sum(is_whole.to(tl.int32), 0)
-        last_whole = tl.maximum(last_whole, tl.max(tl.where(is_whole, tiles, 0), 0))
-    if WHOLE_STEP == 2:
-        # Lists ascend, so the whole tile written last is the highest; in a full row it stays put.
-        spare = whole % 2
-        tl.store(row_ptr + masked, last_whole, mask=spare != 0)
-        masked += spare
-        whole -= spare
     tl.store(masked_ptr + row, masked)
     tl.store(whole_ptr + row, whole)
     if row == 0:
@@ -187,7 +178,6 @@ def plan(
     rules: TileRules,
     lengths: tuple[int, int],
     blocks: tuple[int, int],
-    whole_step: int,
 ) -> Plan:
     """Split every list.
 
@@ -198,7 +188,6 @@ def plan(
         rules: Padding and documents per tile.
         lengths: Query and key tokens.
         blocks: Tokens per query block and per key block, a multiple of 64.
-        whole_step: Whole tiles come in multiples of this, 1 or 2.
 
     Cost:
         One read of the used part of the lists and one write of it per 64 keys.
@@ -230,7 +219,6 @@ def plan(
         BLOCK_Q=blocks[0],
         TILES_PER_BLOCK=per_block,
         TILE_K=TILE_KEYS,
-        WHOLE_STEP=whole_step,
         CHUNK=128,
         num_warps=1,
     )

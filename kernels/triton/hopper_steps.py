@@ -73,6 +73,7 @@ def _clean_values(
 def attend_masked(
     query,
     list_ptr,
+    tile,
     masked,
     state,
     cursor,
@@ -89,7 +90,7 @@ def attend_masked(
     TILES: gl.constexpr,
     NEGATE: gl.constexpr,
 ):
-    """Attend to the tiles that need a mask, one after the other."""
+    """Attend to the tiles that need a mask, one after the other; ``tile`` is the first of them."""
     accumulator, running_max, running_sum, spoilt_rows = state
     slot, phase, meetings = cursor
     key_smem, key_full, key_empty = key_ring
@@ -97,8 +98,8 @@ def attend_masked(
     dtype: gl.constexpr = value_smem.dtype
     layout: gl.constexpr = accumulator.type.layout
     for step in range(masked):
-        start = gl.load(list_ptr + step) * 64
-        visible = visibility(queries, start, batch, band, rules)
+        visible = visibility(queries, tile * 64, batch, band, rules)
+        tile = gl.load(list_ptr + gl.minimum(step + 1, masked - 1))
         mbarrier.wait(key_full.index(slot), phase)
         product = logits(query, key_smem, slot * TILES)
         product = hopper.warpgroup_mma_wait(0, deps=(product,))
@@ -127,6 +128,43 @@ def attend_masked(
         accumulator, operand = hopper.warpgroup_mma_wait(0, deps=(token, operand))
         mbarrier.arrive(value_empty.index(slot), count=1)
         slot, phase = next_slot(slot, phase, STAGES)
+    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
+
+
+@gluon.jit
+def attend_one(
+    query,
+    state,
+    cursor,
+    key_ring,
+    value_ring,
+    qk_scale,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+    NEGATE: gl.constexpr,
+):
+    """Attend to a tile that needs no mask and has a slot to itself: the odd one of a list."""
+    accumulator, running_max, running_sum, spoilt_rows = state
+    slot, phase, meetings = cursor
+    key_smem, key_full, key_empty = key_ring
+    value_smem, value_full, value_empty = value_ring
+    layout: gl.constexpr = accumulator.type.layout
+    mbarrier.wait(key_full.index(slot), phase)
+    product = logits(query, key_smem, slot * TILES)
+    product = hopper.warpgroup_mma_wait(0, deps=(product,))
+    mbarrier.arrive(key_empty.index(slot), count=1)
+    if NEGATE:
+        product = -product
+    probability, _, rescale, running_max, running_sum = softmax_whole(
+        product, product, running_max, running_sum, qk_scale, 1
+    )
+    accumulator = scale_rows(accumulator, rescale)
+    operand = as_operand(probability, value_smem.dtype, layout)
+    mbarrier.wait(value_full.index(slot), phase)
+    token = add_values(operand, value_smem, slot * TILES, accumulator)
+    accumulator, operand = hopper.warpgroup_mma_wait(0, deps=(token, operand))
+    mbarrier.arrive(value_empty.index(slot), count=1)
+    slot, phase = next_slot(slot, phase, STAGES)
     return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
 
 

@@ -2,7 +2,8 @@
 
 A program takes *items*: a tile of query rows, 64 for each consumer, that share one list of key
 tiles. The producer copies the queries of an item, then the key and value tiles of its list one
-slot of a ring after another; a slot holds one masked tile, or ``TILES`` whole ones.
+slot of a ring after another; a slot holds one masked tile, or ``TILES`` whole ones, or the odd
+whole one alone.
 
 Barriers, and why no wait is for ever. A barrier counts phases from 0; waiting for parity ``x``
 returns once a phase of that parity has ended, and the phase before phase 0 has parity 1.
@@ -34,6 +35,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from seer_compile.kernels.triton.hopper_steps import (
     attend_masked,
+    attend_one,
     attend_whole,
     attend_whole_ahead,
     next_slot,
@@ -64,6 +66,36 @@ def _decode(
     batch = item // tiles // groups
     row = (batch * selections + head // PER_SELECTION) * num_blocks + first_query // BLOCK_Q
     return batch, head, first_query, row
+
+
+@gluon.jit
+def _copy_one(
+    descriptors,
+    keys,
+    key_ring,
+    value_ring,
+    slot,
+    phase,
+    STAGES: gl.constexpr,
+    TILES: gl.constexpr,
+):
+    """Fill a slot of each ring with one tile; return the next slot."""
+    key_desc, value_desc = descriptors[1], descriptors[2]
+    key_smem, key_full, key_empty = key_ring
+    value_smem, value_full, value_empty = value_ring
+    mbarrier.wait(key_empty.index(slot), phase ^ 1)
+    mbarrier.expect(key_full.index(slot), key_desc.block_type.nbytes)
+    copy_tile(key_desc, keys, key_full.index(slot), key_smem.index(slot * TILES))
+    mbarrier.wait(value_empty.index(slot), phase ^ 1)
+    mbarrier.expect(value_full.index(slot), value_desc.block_type.nbytes)
+    copy_tile(value_desc, keys, value_full.index(slot), value_smem.index(slot * TILES))
+    return next_slot(slot, phase, STAGES)
+
+
+@gluon.jit
+def _read(item_smem, index, layout: gl.constexpr):
+    """Return one of the numbers that the producer hands over with an item."""
+    return gl.max(item_smem.index(index).load(layout), 0)
 
 
 @gluon.jit
@@ -102,8 +134,14 @@ def produce(
         )
         masked = gl.load(masked_ptr + row)
         whole = gl.load(whole_ptr + row)
+        list_ptr = tiles_ptr + row.to(gl.int64) * capacity
+        # What is read from memory one step ahead of its use costs no wait.
+        tile = gl.load(list_ptr, mask=masked > 0, other=0)
         mbarrier.wait(query_empty.index(0), (turn & 1) ^ 1)
-        item_smem.store(gl.full([1], item, gl.int32, one))
+        item_smem.index(0).store(gl.full([1], item, gl.int32, one))
+        item_smem.index(1).store(gl.full([1], masked, gl.int32, one))
+        item_smem.index(2).store(gl.full([1], whole, gl.int32, one))
+        item_smem.index(3).store(gl.full([1], tile, gl.int32, one))
         mbarrier.expect(query_full.index(0), CONSUMERS * query_desc.block_type.nbytes)
         for consumer in gl.static_range(CONSUMERS):
             rows = [
@@ -114,24 +152,25 @@ def produce(
             ]
             copy_tile(query_desc, rows, query_full.index(0), query_smem.index(consumer))
         key_head = head // PER_KEY_HEAD
-        list_ptr = tiles_ptr + row.to(gl.int64) * capacity
         for step in range(masked):
-            start = gl.load(list_ptr + step) * 64
-            mbarrier.wait(key_empty.index(slot), phase ^ 1)
-            mbarrier.expect(key_full.index(slot), key_desc.block_type.nbytes)
-            keys = [batch, key_head, start, 0]
-            copy_tile(key_desc, keys, key_full.index(slot), key_smem.index(slot * TILES))
-            mbarrier.wait(value_empty.index(slot), phase ^ 1)
-            mbarrier.expect(value_full.index(slot), value_desc.block_type.nbytes)
-            copy_tile(value_desc, keys, value_full.index(slot), value_smem.index(slot * TILES))
-            slot, phase = next_slot(slot, phase, STAGES)
+            keys = [batch, key_head, tile * 64, 0]
+            tile = gl.load(list_ptr + gl.minimum(step + 1, masked - 1))
+            slot, phase = _copy_one(
+                descriptors, keys, key_ring, value_ring, slot, phase, STAGES, TILES
+            )
         list_ptr += capacity - whole
-        # Numbers of tiles are read one step ahead of the wait for their slot, which hides the
-        # read. The last read repeats the one before it.
         last = whole - 1
+        odd = whole % TILES
         first_tile = gl.load(list_ptr, mask=whole > 0, other=0)
-        second_tile = gl.load(list_ptr + gl.minimum(1, last), mask=whole > 0, other=0)
-        for step in range(0, whole, TILES):
+        if TILES == 2:
+            if odd != 0:
+                keys = [batch, key_head, first_tile * 64, 0]
+                slot, phase = _copy_one(
+                    descriptors, keys, key_ring, value_ring, slot, phase, STAGES, TILES
+                )
+                first_tile = gl.load(list_ptr + gl.minimum(1, last))
+        second_tile = gl.load(list_ptr + gl.minimum(odd + 1, last), mask=whole > 0, other=0)
+        for step in range(odd, whole, TILES):
             first = [batch, key_head, first_tile * 64, 0]
             second = [batch, key_head, second_tile * 64, 0]
             first_tile = gl.load(list_ptr + gl.minimum(step + TILES, last))
@@ -152,7 +191,7 @@ def produce(
         turn += 1
         item = gl.num_programs(0) + gl.atomic_add(queue_ptr, 1, sem="relaxed")
     mbarrier.wait(query_empty.index(0), (turn & 1) ^ 1)
-    item_smem.store(gl.full([1], items, gl.int32, one))
+    item_smem.index(0).store(gl.full([1], items, gl.int32, one))
     mbarrier.arrive(query_full.index(0), count=1)
 
 
@@ -204,7 +243,7 @@ def consume(
     """Attend for 64 query rows of every item."""
     query_ring, key_ring, value_ring = rings
     query_smem, query_full, query_empty = query_ring
-    tiles_ptr, masked_ptr, whole_ptr, capacity = plan
+    tiles_ptr, _, _, capacity = plan
     out_ptr, lse_ptr, out_strides = results
     q_len = band[0]
     TILE_Q: gl.constexpr = 64 * CONSUMERS // TILE_HEADS
@@ -217,13 +256,14 @@ def consume(
     turn = 0
     cursor = (0, 0, 0)
     mbarrier.wait(query_full.index(0), 0)
-    item = gl.max(item_smem.load(one), 0)
+    item = _read(item_smem, 0, one)
     while item < items:
         batch, head, first_query, row = _decode(
             item, work, PER_SELECTION, BLOCK_Q, TILE_Q, TILE_HEADS
         )
-        masked = gl.load(masked_ptr + row)
-        whole = gl.load(whole_ptr + row)
+        masked = _read(item_smem, 1, one)
+        whole = _read(item_smem, 2, one)
+        tile = _read(item_smem, 3, one)
         head += CONSUMER * (TILE_HEADS - 1)
         first_query += 64 * CONSUMER * (2 - TILE_HEADS)
         queries = first_query + gl.arange(0, 64, row_layout)
@@ -242,6 +282,7 @@ def consume(
         state, cursor = attend_masked(
             query,
             tiles_ptr + row.to(gl.int64) * capacity,
+            tile,
             masked,
             state,
             cursor,
@@ -258,6 +299,12 @@ def consume(
             TILES,
             NEGATE,
         )
+        if TILES == 2:
+            if whole % 2 != 0:
+                state, cursor = attend_one(
+                    query, state, cursor, key_ring, value_ring, qk_scale, STAGES, TILES, NEGATE
+                )
+                whole -= 1
         if whole > 0:
             if KEYS_AHEAD:
                 state, cursor = attend_whole_ahead(
@@ -284,4 +331,4 @@ def consume(
         _store(state, pointers, out_strides[2], queries, q_len, scale, dtype)
         turn += 1
         mbarrier.wait(query_full.index(0), turn & 1)
-        item = gl.max(item_smem.load(one), 0)
+        item = _read(item_smem, 0, one)

@@ -227,7 +227,7 @@ def test_a_tile_is_masked_only_if_some_query_may_not_read_all_of_it(name, length
     band = make_band(rules["upper"], rules["lower"], rules["offset"])
     fine = [rules[kind] for kind in ("key_padding", "query_documents", "key_documents")]
     with launching_on(inputs["query"].float(), "query"):
-        lists = plan(*inputs["selection"], band, tile_rules(*fine, blocks[0]), lengths, blocks, 1)
+        lists = plan(*inputs["selection"], band, tile_rules(*fine, blocks[0]), lengths, blocks)
     readable = reference.token_mask(visibility, *lengths, torch.device("cpu"))
     mask = _read_mask(inputs)
     batch, heads, rows = inputs["selection"].counts.shape
