@@ -99,21 +99,41 @@ def run_case(op: str, case: int, arguments: argparse.Namespace) -> str | None:
     return None
 
 
-def run_op(op: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the cases of one operator, until they or their time are over."""
+def run_share(task: tuple[str, int, argparse.Namespace]) -> tuple[int, int]:
+    """Run one worker's share of the cases, until they or their time are over.
+
+    Returns:
+        Cases run, and how many of them failed.
+    """
+    op, worker, arguments = task
     start = time.perf_counter()
-    cases = range(arguments.cases) if arguments.case is None else [arguments.case]
-    failures, done = [], 0
-    for case in cases:
+    every = range(worker, arguments.cases, arguments.workers)
+    done = failed = 0
+    for case in every if arguments.case is None else [arguments.case]:
         if time.perf_counter() - start > arguments.seconds:
             break
         failure = run_case(op, case, arguments)
         done += 1
         if failure:
-            failures.append(failure)
+            failed += 1
             print("FAILED", failure, flush=True)
+    return done, failed
+
+
+def run_op(op: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the cases of one operator, on several processes where asked for."""
+    start = time.perf_counter()
+    workers = 1 if arguments.case is not None else arguments.workers
+    tasks = [(op, worker, arguments) for worker in range(workers)]
+    if workers == 1:
+        shares = [run_share(tasks[0])]
+    else:
+        context = multiprocessing.get_context("spawn")
+        with concurrent.futures.ProcessPoolExecutor(workers, mp_context=context) as pool:
+            shares = list(pool.map(run_share, tasks))
+    cases, failures = (sum(column) for column in zip(*shares, strict=True))
     seconds = round(time.perf_counter() - start, 1)
-    result = {"op": op, "seed": arguments.seed, "cases": done, "failures": len(failures)}
+    result = {"op": op, "seed": arguments.seed, "cases": cases, "failures": failures}
     return {**result, "seconds": seconds, "device": arguments.device}
 
 
@@ -127,6 +147,7 @@ def main() -> None:
     parser.add_argument("--case", type=int, help="run this one only")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1e9, help="at most, per operator")
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the cases")
     parser.add_argument("--out", type=Path, help="append results as JSON lines")
     arguments = parser.parse_args()
     is_long = arguments.device == "cuda" and arguments.case is None

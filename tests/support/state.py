@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import random
 import sys
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -49,9 +51,21 @@ def global_state() -> dict[str, Any]:
     for module_name in _CONFIG_MODULES:
         module = sys.modules.get(module_name)
         if module is not None:
-            for key, value in module.get_config_copy().items():
+            for key, value in _settings(module).items():
                 state[f"{module_name}.{key}"] = value
     return state
+
+
+def _settings(module: ModuleType) -> dict[str, Any]:
+    """Return the settings of a configuration module, without those that it hides.
+
+    ``get_config_copy`` of torch 2.11 raises once an AOTInductor package has hidden one.
+    """
+    settings = {}
+    for key in module._config:
+        with suppress(AttributeError):
+            settings[key] = copy.deepcopy(getattr(module, key))
+    return settings
 
 
 def describe_changes(before: dict[str, Any], after: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
