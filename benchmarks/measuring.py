@@ -20,11 +20,39 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 Call = Callable[[], Any]
 OPERATORS = "seer_compile::"
+
+
+def dense_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally by PyTorch's flash attention."""
+    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
+    return operator(query, key, value, 0.0, True, scale=scale)[0]
+
+
+def dense_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally by cuDNN."""
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    return operator(query, key, value, None, False, 0.0, True, scale=scale)[0]
+
+
+def dense_default(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally by whatever SDPA chooses."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "flash": dense_flash,
+    "cudnn": dense_cudnn,
+    "default": dense_default,
+}
 
 
 def add_common_options(parser: argparse.ArgumentParser) -> None:

@@ -32,8 +32,8 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import torch
-import torch.nn.functional as F
 from measuring import (
+    BACKENDS,
     Row,
     add_common_options,
     breakdown,
@@ -54,32 +54,6 @@ GOALS = {(32768, 0.1): 1.35, (131072, 0.05): 2.4}
 MEMORY_GOAL_GB = 1.5
 LIMIT = 0.05
 """Largest relative difference of last-token logits: in bf16 two dense backends come to 0.01."""
-
-
-def dense_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend causally by PyTorch's flash attention."""
-    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
-    return operator(query, key, value, 0.0, True, scale=scale)[0]
-
-
-def dense_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend causally by cuDNN."""
-    operator = torch.ops.aten._scaled_dot_product_cudnn_attention.default
-    return operator(query, key, value, None, False, 0.0, True, scale=scale)[0]
-
-
-def dense_default(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
-    """Attend causally by whatever SDPA chooses."""
-    return F.scaled_dot_product_attention(
-        query, key, value, is_causal=True, scale=scale, enable_gqa=True
-    )
-
-
-BACKENDS: dict[str, Callable[..., Tensor]] = {
-    "flash": dense_flash,
-    "cudnn": dense_cudnn,
-    "default": dense_default,
-}
 
 
 def fastest_backend(options: argparse.Namespace) -> tuple[str, Row]:
