@@ -164,7 +164,7 @@ def test_dense_modes_are_sdpa_to_the_bit(dtype, mode, reason):
         *inputs[:3], is_causal=True, scale=inputs.scale, enable_gqa=True
     )
     assert_bitwise_equal(out, expected)
-    assert (lse == 0).all()
+    assert lse.shape == out.shape[:3]
     assert out.stride() == (100 * 4 * 32, 32, 4 * 32, 1)
     assert counters.snapshot() == {"site": {f"dense:{reason}": 1}}
 
