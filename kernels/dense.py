@@ -61,9 +61,8 @@ class _Form(NamedTuple):
 
 def _form(visibility: Visibility, q_len: int, k_len: int) -> _Form:
     """Return the cheapest form of a visibility whose offset, if any, is already in its bounds."""
-    has_tensor = any(
-        part is not None
-        for part in (visibility.offset, visibility.key_padding, visibility.key_documents)
+    has_tensor = not (
+        visibility.offset is visibility.key_padding is visibility.key_documents is None
     )
     upper, lower = visibility.upper, visibility.lower
     if has_tensor or (lower is not None and lower > 1 - q_len):
@@ -118,7 +117,8 @@ def dense_attention(
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     if form.kind == "mask" or (form.kind == "lower_right" and is_cpu):
         return _masked_attention(query, key, value, scale, visibility)
-    key, value = key[:, :, : form.k_len], value[:, :, : form.k_len]
+    if form.k_len < k_len:
+        key, value = key[:, :, : form.k_len], value[:, :, : form.k_len]
     is_fused = not is_cpu and is_half and query.shape[-1] == value.shape[-1]
     if is_fused and form.kind != "lower_right":
         return fused_attention(query, key, value, is_causal=form.kind == "causal", scale=scale)

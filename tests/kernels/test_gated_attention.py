@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from seer_compile.errors import RangeError
+from seer_compile.errors import RangeError, SeerInputError
 from seer_compile.kernels import counters, gated_attention, ops, reference
 from seer_compile.types import BlockSelection, BlockSize, Visibility
 from support.assertions import assert_bitwise_equal
@@ -353,3 +353,14 @@ def test_wrapper_is_the_operator():
         visibility=CAUSAL,
     )
     assert_bitwise_equal(out, expected)
+
+
+@pytest.mark.parametrize("place", range(7))
+def test_a_call_that_passed_excuses_no_other(place):
+    inputs = attention_inputs(heads=4, kv_heads=2, q_len=100)
+    operands = [*inputs[:3], *gate_arguments(inputs)]
+    operator = torch.ops.seer_compile.gated_attention.v1
+    operator(*operands, 0)
+    operands[place] = operands[place].to(torch.float16 if place < 6 else torch.int32)
+    with pytest.raises(SeerInputError):
+        operator(*operands, 0)
