@@ -1,7 +1,7 @@
-"""From which size on the sparse path is worth its overhead. Data only.
+"""From which size on the sparse path is worth its overhead, and who answers below it. Data only.
 
 ``python benchmarks/break_even.py --write`` measures the numbers of the machine that it runs on and
-rewrites its entry here.
+rewrites its entries here.
 """
 
 from __future__ import annotations
@@ -29,4 +29,25 @@ TABLE: dict[str, BreakEven] = {
 ``cpu``: AMD EPYC with AVX-512, one thread, float32; 4/2 heads of D64 at 2,048 tokens take 28.9 ms
 at 20 % of the blocks and 32.8 ms densely; at 1,536 tokens 21.3 and 19.4 ms. ``cuda`` stands in for
 GPUs without an entry of their own: 32 heads of D128 at 4,096 tokens, where launches stop to count.
+"""
+
+
+class DenseRule(NamedTuple):
+    """Who answers a dense call without a mask, by its ``work``; in between, SDPA chooses."""
+
+    flash_below: float
+    """Below it flash attention is faster than cuDNN, for shapes that cuDNN has a plan for."""
+    cudnn_from: float
+    """From it on cuDNN is faster even if it builds a plan: it does for every new shape, and the 32
+    layers of a model share one."""
+
+
+DENSE: dict[tuple[str, int], DenseRule] = {
+    ("cuda-90", 128): DenseRule(flash_below=0.0, cudnn_from=8.7e12),
+}
+"""By device class and head dim (64: up to 64, 128: up to 128, 256: above). Without an entry, SDPA
+chooses.
+
+``cuda-90``: one H200, torch 2.11.0+cu130: 32/8 heads of D128 at 32,768 tokens take 14.8 ms by cuDNN
+and 25.5 ms by flash.
 """

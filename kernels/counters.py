@@ -28,7 +28,10 @@ def record(site: str, path: str) -> None:
         path: ``"sparse"``, or ``"dense:"`` and why.
     """
     with _lock:
-        _calls.setdefault(site, Counter())[path] += 1
+        paths = _calls.get(site)
+        if paths is None:
+            paths = _calls[site] = Counter()
+        paths[path] += 1
 
 
 def snapshot() -> dict[str, dict[str, int]]:
@@ -91,5 +94,7 @@ def collect_density() -> Iterator[DensityMeter]:
 
 def active_meters() -> tuple[DensityMeter, ...]:
     """Return the meters that want every selection now."""
+    if not _meters:
+        return ()
     with _lock:
         return tuple(_meters)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seer_compile.kernels.break_even import TABLE, BreakEven
+from seer_compile.kernels.dense_backends import device_class, fused_attention
 from seer_compile.types import Visibility
 
 _MASK_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 28}
@@ -46,8 +47,7 @@ def dense_reason(
 
 def _break_even(device: torch.device, table: dict[str, BreakEven]) -> BreakEven:
     if device.type == "cuda":
-        major, minor = torch.cuda.get_device_capability(device)
-        return table.get(f"cuda-{major}{minor}", table["cuda"])
+        return table.get(device_class(device), table["cuda"])
     return table["cpu"]
 
 
@@ -61,9 +61,8 @@ class _Form(NamedTuple):
 
 def _form(visibility: Visibility, q_len: int, k_len: int) -> _Form:
     """Return the cheapest form of a visibility whose offset, if any, is already in its bounds."""
-    has_tensor = any(
-        part is not None
-        for part in (visibility.offset, visibility.key_padding, visibility.key_documents)
+    has_tensor = not (
+        visibility.offset is visibility.key_padding is visibility.key_documents is None
     )
     upper, lower = visibility.upper, visibility.lower
     if has_tensor or (lower is not None and lower > 1 - q_len):
@@ -106,7 +105,8 @@ def dense_attention(
         the query heads: SDPA's fused kernels take groups in 16 bits and without a mask only.
 
     Numerics:
-        Those of SDPA; like there, NaN in a key that is masked out may reach the output.
+        Those of SDPA's kernels, of which :mod:`.dense_backends` chooses one by size; like there,
+        NaN in a key that is masked out may reach the output.
     """
     visibility = _folded(visibility or Visibility())
     q_len, k_len = query.shape[2], key.shape[2]
@@ -117,8 +117,12 @@ def dense_attention(
     is_half = query.dtype in (torch.float16, torch.bfloat16)
     if form.kind == "mask" or (form.kind == "lower_right" and is_cpu):
         return _masked_attention(query, key, value, scale, visibility)
-    key, value = key[:, :, : form.k_len], value[:, :, : form.k_len]
-    if not is_cpu and not (is_half and query.shape[-1] == value.shape[-1]):
+    if form.k_len < k_len:
+        key, value = key[:, :, : form.k_len], value[:, :, : form.k_len]
+    is_fused = not is_cpu and is_half and query.shape[-1] == value.shape[-1]
+    if is_fused and form.kind != "lower_right":
+        return fused_attention(query, key, value, is_causal=form.kind == "causal", scale=scale)
+    if not is_cpu and not is_fused:
         key, value = _expanded(key, query.shape[1]), _expanded(value, query.shape[1])
     return F.scaled_dot_product_attention(
         query,

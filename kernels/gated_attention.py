@@ -64,8 +64,9 @@ def forward(
     reason = path_of(query, key, value, gate)
     counters.record(gate.site, "sparse" if reason is None else f"dense:{reason}")
     _show(query, key, value, gate, visibility)
-    lse = query.new_zeros(query.shape[:3], dtype=torch.float32)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if reason is not None:
+        # Nobody reads the log-sum-exp then: at short lengths filling it would show.
         out = dense_attention(query, key, value, scale=gate.scale, visibility=visibility)
         return token_major(out), lse
     key_features = _key_features(key, gate, visibility)
@@ -357,6 +358,9 @@ def _dense_backward(
         out = dense_attention(*leaves, scale=scale, visibility=visibility)
         if not out.requires_grad:
             return tuple(torch.zeros_like(leaf) for leaf in leaves)  # type: ignore[return-value]
+        if grad_out.stride() != out.stride():
+            # cuDNN would warn and copy.
+            grad_out = torch.empty_like(out, requires_grad=False).copy_(grad_out)
         grads = torch.autograd.grad(out, leaves, grad_out)
     return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
 
@@ -368,5 +372,6 @@ def empty_token_major(query: Tensor, value: Tensor) -> Tensor:
 
 
 def token_major(out: Tensor) -> Tensor:
-    """Return equal values that lie as a contiguous ``b q h v``."""
-    return out.transpose(1, 2).contiguous().transpose(1, 2)
+    """Return equal values that lie as a contiguous ``b q h v``; the tensor itself where it does."""
+    flat = out.transpose(1, 2)
+    return out if flat.is_contiguous() else flat.contiguous().transpose(1, 2)

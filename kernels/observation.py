@@ -36,5 +36,7 @@ def observe(observer: Observer) -> Iterator[None]:
 
 def active() -> tuple[Observer, ...]:
     """Return who observes now."""
+    if not _observers:
+        return ()
     with _lock:
         return tuple(_observers)

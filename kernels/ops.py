@@ -337,7 +337,7 @@ def gated_attention(
 
     Returns:
         ``Float[b h q v]``, lying as a contiguous ``b q h v``, and ``Float32[b h q]``: the
-        log-sum-exp of the sparse path, zeros on the dense path.
+        log-sum-exp of the sparse path, undefined on the dense path.
 
     Raises:
         SeerInputError: A malformed argument.

@@ -1,0 +1,265 @@
+"""What the scripts on operators and models share: clocks, breakdowns, records, tables.
+
+Times of a GPU are taken three ways, because they answer different questions: ``eager_ms`` is what a
+caller waits who calls in a loop, ``device_ms`` what the GPU alone needs (calls replayed in a CUDA
+graph), ``host_us`` what the calling thread needs before it may go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+Row = dict[str, Any]
+Call = Callable[[], Any]
+OPERATORS = "seer_compile::"
+
+
+def dense_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally by PyTorch's flash attention."""
+    operator = torch.ops.aten._scaled_dot_product_flash_attention.default
+    return operator(query, key, value, 0.0, True, scale=scale)[0]
+
+
+def dense_cudnn(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally by cuDNN."""
+    operator = torch.ops.aten._scaled_dot_product_cudnn_attention.default
+    return operator(query, key, value, None, False, 0.0, True, scale=scale)[0]
+
+
+def dense_default(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """Attend causally by whatever SDPA chooses."""
+    return F.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=True
+    )
+
+
+BACKENDS: dict[str, Callable[..., Tensor]] = {
+    "flash": dense_flash,
+    "cudnn": dense_cudnn,
+    "default": dense_default,
+}
+
+
+def add_common_options(parser: argparse.ArgumentParser) -> None:
+    """Add ``--device``, ``--out`` and ``--commit``."""
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=default, choices=("cuda", "cpu"))
+    parser.add_argument("--out", type=Path, help="append the rows here as JSON lines")
+    parser.add_argument("--commit", default="", help="recorded with each row; asks git when empty")
+
+
+def synchronize(device: str) -> None:
+    """Wait for the device."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def wall_ms(call: Call, device: str, *, repeats: int = 3, warm_up: int = 1) -> float:
+    """Return the median time of a long call, from an idle device to an idle device."""
+    times = []
+    for attempt in range(warm_up + repeats):
+        synchronize(device)
+        begun = time.perf_counter()
+        call()
+        synchronize(device)
+        if attempt >= warm_up:
+            times.append(time.perf_counter() - begun)
+    return statistics.median(times) * 1e3
+
+
+def eager_ms(call: Call, device: str, *, budget_ms: float = 150.0) -> float:
+    """Return the median time of a call in a loop; on a GPU with its second-level cache flushed."""
+    if device == "cpu":
+        return wall_ms(call, device)
+    from triton.testing import do_bench
+
+    return float(do_bench(call, warmup=30, rep=budget_ms, return_mode="median"))
+
+
+def device_ms(call: Call, device: str, *, budget_ms: float = 60.0) -> float:
+    """Return what the GPU needs per call: many calls in one CUDA graph, best of five replays.
+
+    Host time does not count, and gaps between kernels are those of a graph.
+    """
+    if device == "cpu":
+        return wall_ms(call, device, repeats=9)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            call()
+        once = _elapsed(call)
+        calls = max(1, min(100, int(budget_ms / 6 / max(once, 1e-3))))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            for _ in range(calls):
+                call()
+        graph.replay()
+        times = [_elapsed(graph.replay) for _ in range(5)]
+    torch.cuda.current_stream().wait_stream(stream)
+    del graph
+    return min(times) / calls
+
+
+def _elapsed(call: Call) -> float:
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def host_us(call: Call, device: str, *, calls: int = 200) -> float:
+    """Return the microseconds until a call comes back, the median of five bursts.
+
+    Meant for calls that are short on the device: its queue must not fill up.
+    """
+    bursts = []
+    for _ in range(6):
+        synchronize(device)
+        begun = time.perf_counter()
+        for _ in range(calls):
+            call()
+        bursts.append((time.perf_counter() - begun) / calls * 1e6)
+    synchronize(device)
+    return statistics.median(bursts[1:])
+
+
+def peak_bytes(call: Call, device: str) -> int:
+    """Return the largest number of bytes allocated while a call runs, in all; 0 on the CPU."""
+    if device == "cpu":
+        call()
+        return 0
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated()
+
+
+def breakdown(call: Call, device: str) -> dict[str, float]:
+    """Return milliseconds on the device per part of one call, by PyTorch's profiler.
+
+    ``attention`` is sparse or dense attention, ``selection`` and ``gate`` (all else that the gated
+    operator launches) what decides over it; ``rest`` is every other kernel.
+    """
+    from torch.profiler import ProfilerActivity, profile
+
+    activities = [ProfilerActivity.CPU]
+    if device == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+    synchronize(device)
+    with profile(activities=activities) as profiler:
+        call()
+        synchronize(device)
+    events = profiler.events() or []
+    sparse, dense, selection, gated = (
+        sum(_time(event, device) for event in events if event.name.startswith(prefix))
+        for prefix in (
+            f"{OPERATORS}block_sparse_attention",
+            "aten::_scaled_dot_product",
+            f"{OPERATORS}select_blocks",
+            f"{OPERATORS}gated_attention",
+        )
+    )
+    if device == "cuda":
+        everything = sum(event.self_device_time_total for event in events if _is_kernel(event))
+    else:
+        everything = sum(event.self_cpu_time_total for event in events)
+    attention = sparse + dense
+    whole = gated or attention
+    parts = {
+        "attention": attention,
+        "selection": selection,
+        "gate": whole - attention - selection,
+        "rest": everything - whole,
+    }
+    return {name: round(microseconds / 1e3, 4) for name, microseconds in parts.items()}
+
+
+def _is_kernel(event: Any) -> bool:
+    is_on_device = event.device_type == torch.autograd.DeviceType.CUDA
+    return is_on_device and not getattr(event, "is_user_annotation", False)
+
+
+def _time(event: Any, device: str) -> float:
+    return event.device_time_total if device == "cuda" else event.cpu_time_total
+
+
+def context(options: argparse.Namespace, script: str) -> Row:
+    """Return what a number depends on besides the code."""
+    row: Row = {"torch": torch.__version__}
+    if options.device == "cuda":
+        import triton
+
+        row |= {"gpu": torch.cuda.get_device_name(), "triton": triton.__version__}
+        row["cudnn"] = torch.backends.cudnn.version()
+        row["driver"] = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    else:
+        row |= {"machine": platform.machine(), "threads": torch.get_num_threads()}
+    row["commit"] = options.commit or _output(
+        "git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"
+    )
+    arguments = [word for word in sys.argv[1:] if word]
+    row["command"] = shlex.join(["python", f"benchmarks/{script}", *arguments])
+    return row
+
+
+def _output(*command: str) -> str:
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return result.stdout.strip().splitlines()[0] if result.stdout.strip() else ""
+
+
+def write_rows(path: Path | None, rows: Iterable[Row], common: Row) -> None:
+    """Append rows to a file of JSON lines."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        file.writelines(json.dumps({**row, **common}) + "\n" for row in rows)
+
+
+def table(rows: Sequence[Row], columns: Sequence[str]) -> str:
+    """Return rows as aligned text; what a row lacks stays empty."""
+    cells = [list(columns), *([_cell(row.get(column)) for column in columns] for row in rows)]
+    widths = [max(len(row[place]) for row in cells) for place in range(len(columns))]
+    return "\n".join(
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        for row in cells
+    )
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def goal(name: str, value: float, limit: float, *, at_least: bool = False) -> Row:
+    """Return whether a figure reaches what is asked of it."""
+    reached = value >= limit if at_least else value <= limit
+    sign = ">=" if at_least else "<="
+    return {
+        "goal": f"{name} {sign} {limit:g}",
+        "seen": round(value, 4),
+        "reached": "yes" if reached else "NO",
+    }
