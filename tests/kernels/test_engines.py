@@ -39,31 +39,33 @@ def call(dim=128, dtype=torch.bfloat16, blocks=(64, 64), query=None):
     return engines.forward(query, other, other, *lists, 0.1, *blocks)
 
 
-def test_auto_is_the_portable_engine_until_the_other_has_run(launched):
+def test_auto_is_the_hopper_engine_where_it_takes_the_call(launched, recwarn):
     call()
-    assert launched == ["portable"] == [engines.AUTO_ENGINE]
-    assert engines.answers() == {"portable": 1}
+    call(dim=80)
+    assert launched == ["hopper", "portable"]
+    assert engines.answers() == {"hopper": 1, "portable:head dims 80 and 80": 1}
+    assert not recwarn.list
 
 
 def test_a_choice_holds_inside_the_block_and_in_its_thread_only(launched):
-    with engines.attention_engine("hopper"):
+    with engines.attention_engine("portable"):
         call()
-        with engines.attention_engine("portable"):
+        with engines.attention_engine("hopper"):
             call()
         call()
         thread = threading.Thread(target=call)
         thread.start()
         thread.join()
     call()
-    assert launched == ["hopper", "portable", "hopper", "portable", "portable"]
-    assert engines.answers() == {"hopper": 2, "portable": 3}
+    assert launched == ["portable", "hopper", "portable", "hopper", "hopper"]
+    assert engines.answers() == {"hopper": 3, "portable": 2}
 
 
 def test_a_choice_ends_with_an_error(launched):
-    with pytest.raises(ZeroDivisionError), engines.attention_engine("hopper"):
+    with pytest.raises(ZeroDivisionError), engines.attention_engine("portable"):
         raise ZeroDivisionError
     call()
-    assert launched == ["portable"]
+    assert launched == ["hopper"]
 
 
 def test_an_unknown_engine_is_refused_by_name():
@@ -118,7 +120,9 @@ def test_an_axis_of_one_entry_may_have_any_stride(launched):
     assert [stride * 2 % 16 for stride in described.strides[:3]] == [0, 0, 0]
 
 
-def test_a_triton_without_gluon_is_named(monkeypatch):
+@pytest.fixture
+def without_gluon(monkeypatch):
+    """Let the import of the engine fail as it does on a Triton that lacks a part of Gluon."""
     load = builtins.__import__
 
     def fail(name, *rest, **options):
@@ -127,7 +131,16 @@ def test_a_triton_without_gluon_is_named(monkeypatch):
         return load(name, *rest, **options)
 
     monkeypatch.setattr(builtins, "__import__", fail)
+
+
+def test_a_triton_without_gluon_is_named(without_gluon):
     unavailable = pytest.raises(VersionUnsupportedError, match="portable engine")
     with engines.attention_engine("hopper"), unavailable as raised:
         call()
     assert isinstance(raised.value.__cause__, AttributeError)
+
+
+def test_auto_does_without_gluon_and_says_so(without_gluon, launched):
+    call()
+    assert launched == ["portable"]
+    assert engines.answers() == {"portable:this Triton lacks what the engine is written in": 1}
