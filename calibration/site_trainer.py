@@ -32,8 +32,9 @@ class GateTrainer:
         self._current: dict[str, float] = {}
 
     def add(self, name: str, gate: AttnGate) -> None:
-        """Start to train a gate, from its untrained values."""
-        gate.reset()
+        """Start to train a gate."""
+        if self.config.start != "current":
+            gate.reset()
         gate.requires_grad_(True)
         self.optimizers[name] = torch.optim.AdamW(
             gate.parameters(), lr=0.0, weight_decay=self.config.weight_decay

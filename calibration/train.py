@@ -68,9 +68,9 @@ def fit(
 ) -> CalibrationReport:
     """Train every gate that the model's sites need, measure budgets, and choose one.
 
-    Training starts from the identity-initialised gates, whatever the store held. After an error or
-    an interruption the store is as it was before; what was trained is in the checkpoints, and the
-    same call goes on from there.
+    Training starts from the identity-initialised gates, whatever the store held, unless the
+    configuration says otherwise. After an error or an interruption the store is as it was before;
+    what was trained is in the checkpoints, and the same call goes on from there.
 
     Args:
         run: One forward of the frozen model with a handler that answers the sites.

@@ -18,6 +18,7 @@ Expected last lines (accuracy of the answers; numbers vary between machines):
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import time
@@ -205,7 +206,7 @@ class VisionModel(nn.Module):
         super().__init__()
         channels = (3, width // 4, width // 2, width)
         stem: list[nn.Module] = []
-        for before, after in zip(channels, channels[1:], strict=False):
+        for before, after in itertools.pairwise(channels):
             stem += [nn.Conv2d(before, after, 3, stride=2, padding=1), nn.GELU()]
         self.stem = nn.Sequential(*stem, nn.Conv2d(width, width, 3, padding=1))
         across = side // PATCH

@@ -152,11 +152,18 @@ class GateConfig:
         )
 
 
+STARTS = ("identity", "current")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationConfig:
     """How gates are trained. Steps count batches."""
 
     steps: int = 400
+    """0 trains nothing: what the gates are at first is measured."""
+    start: Literal["identity", "current"] = "identity"
+    """Gates at the first step: ``identity`` ranks by means, ``current`` goes on with what the gates
+    hold."""
     learning_rate: float = 1e-3
     """Peak of a linear warm-up followed by a cosine to ``final_learning_rate``."""
     final_learning_rate: float = 1e-5
@@ -178,7 +185,9 @@ class CalibrationConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows_per_step", "checkpoint_every", "holdout_batches"):
+        _check(isinstance(self.steps, int) and self.steps >= 0, "steps", self.steps, ">= 0")
+        _check(self.start in STARTS, "start", self.start, f"one of {STARTS}")
+        for name in ("rows_per_step", "checkpoint_every", "holdout_batches"):
             value = getattr(self, name)
             _check(isinstance(value, int) and value >= 1, name, value, "an integer >= 1")
         _check(
