@@ -58,9 +58,9 @@ class Phase:
 
 PHASES = (
     # Small pictures teach the task quickly; large ones the distances.
-    Phase(share=0.2, side=128, batch=128),
+    Phase(share=0.25, side=128, batch=128),
     Phase(share=0.3, side=256, batch=64),
-    Phase(share=0.5, side=512, batch=32),
+    Phase(share=0.45, side=512, batch=32),
 )
 TINY_PHASES = (Phase(share=1.0, side=256, batch=4),)
 
