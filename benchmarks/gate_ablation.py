@@ -4,7 +4,7 @@
         --experiments base sub_block_4 --allocations uniform sensitivity --out results.jsonl
 
 An experiment is what it changes of the gate, of the training and of the windows; ``--list`` shows
-them. Gates are trained once per experiment and judged under every allocation. ``seconds`` is the
+them, and ``copies_4+average_0.99`` is both. Gates are trained once per experiment and judged under every allocation. ``seconds`` is the
 whole calibration: training, curves, sensitivity.
 """
 
@@ -70,10 +70,50 @@ EXPERIMENTS: dict[str, Experiment] = {
     "decay_0.01": Experiment(training={"weight_decay": 0.01}),
     "decay_0.1": Experiment(training={"weight_decay": 0.1}),
     "rows_1024": Experiment(training={"rows_per_step": 1024}),
+    "linear_schedule": Experiment(training={"schedule": "linear"}),
+    "flat_schedule": Experiment(training={"schedule": "flat"}),
+    "average_0.99": Experiment(training={"average": 0.99}),
+    "average_0.995_rate_3e-3": Experiment(training={"average": 0.995, "learning_rate": 3e-3}),
+    "average_0.99_flat": Experiment(training={"average": 0.99, "schedule": "flat"}),
+    "copies_1": Experiment(windows={"copies": 1.0}),
+    "copies_4": Experiment(windows={"copies": 4.0}),
+    "copies_8": Experiment(windows={"copies": 8.0}),
+    "value_target": Experiment(training={"target": "value"}),
+    "far_rows_4": Experiment(training={"far_rows": 4.0}),
+    "far_rows_20": Experiment(training={"far_rows": 20.0}),
+    "tied_keys": Experiment(training={"tie_keys": True}),
+    "shared_first_100": Experiment(training={"shared_steps": 100}),
+    "statistics_start": Experiment(training={"start": "statistics"}),
+    "zero_shot": Experiment(training={"steps": 0.0}),
+    "zero_shot_statistics": Experiment(training={"steps": 0.0, "start": "statistics"}),
+    "sub_block_4_gate_dim_32": Experiment(gate={"sub_block": 4, "gate_dim": 32}),
+    "candidate": Experiment(
+        training={"start": "statistics", "average": 0.99, "far_rows": 4.0, "learning_rate": 2e-3},
+        windows={"copies": 2.0, "lengths": (4096, 8192, 16384)},
+    ),
     "half_the_steps": Experiment(training={"steps": 0.5}),
     "twice_the_steps": Experiment(training={"steps": 2.0}),
 }
 """``steps`` of an experiment multiply those of the command line."""
+
+
+def composed(name: str) -> Experiment:
+    """Return the experiment of a name, or of several names joined by ``+``; later ones win."""
+    parts = name.split("+")
+    unknown = [part for part in parts if part not in EXPERIMENTS]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"no experiment {unknown[0]!r}; --list shows them")
+    merged: dict[str, dict[str, Any]] = {"gate": {}, "training": {}, "windows": {}}
+    for part in parts:
+        for kind, changes in dataclasses.asdict(EXPERIMENTS[part]).items():
+            merged[kind] |= changes
+    return Experiment(**merged)
+
+
+def known_name(name: str) -> str:
+    """Check the name of an experiment."""
+    composed(name)
+    return name
 
 
 class Laboratory:
@@ -186,7 +226,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--model")
     parser.add_argument("--calibrate", type=Path, help="token ids to train on")
     parser.add_argument("--tokens", type=Path, help="token ids to judge on")
-    parser.add_argument("--experiments", nargs="+", choices=sorted(EXPERIMENTS), default=["base"])
+    parser.add_argument("--experiments", nargs="+", type=known_name, default=["base"])
     parser.add_argument(
         "--allocations", nargs="+", choices=ALLOCATIONS, default=["uniform", "sensitivity"]
     )
@@ -201,6 +241,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--dtype", default="auto")
     parser.add_argument("--inner", default="aot_eager")
     parser.add_argument("--commit", default="", help="recorded with each row")
+    parser.add_argument("--save", type=Path, help="folder for the gates, a file per experiment")
     parser.add_argument("--out", type=Path, help="append rows as JSON lines")
     return parser.parse_args()
 
@@ -213,11 +254,17 @@ def main() -> None:
         return
     laboratory, about = Laboratory(options), context(options)
     for name in options.experiments:
-        store, report, seconds = laboratory.calibrate(EXPERIMENTS[name])
+        store, report, seconds = laboratory.calibrate(composed(name))
+        if options.save:
+            options.save.mkdir(parents=True, exist_ok=True)
+            seer_compile.save_gates(laboratory.model, options.save / f"{name}.safetensors")
         for allocation in options.allocations:
             for figures in laboratory.judge(store, allocation):
                 row = {"experiment": name, "allocation": allocation, **figures}
-                row |= {"loss": round(report.losses[-1], 4), "seconds": round(seconds, 1)}
+                row |= {
+                    "loss": round(report.losses[-1], 4) if report.losses else None,
+                    "seconds": round(seconds, 1),
+                }
                 print(json.dumps(row), flush=True)
                 if options.out:
                     with options.out.open("a") as file:

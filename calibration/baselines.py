@@ -18,7 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seer_compile.config import GateConfig
 from seer_compile.errors import RangeError
+from seer_compile.gate import AttnGate
 from seer_compile.gate_scores import visible_units
 from seer_compile.types import BlockSize, SiteInputs, Visibility
 
@@ -178,6 +180,29 @@ def mean_pool(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
     return _masked_softmax(logits, _visible_blocks(inputs, block_size))
 
 
+def zero_shot(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
+    """Score a block by a gate that was never trained: mean-pooled sub-blocks of 8 tokens."""
+    sizes = (inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[-1])
+    return _untrained_gate(sizes, block_size, inputs.query.device).block_scores(inputs)
+
+
+@functools.lru_cache(maxsize=8)
+def _untrained_gate(
+    sizes: tuple[int, int, int], block_size: BlockSize, device: torch.device
+) -> AttnGate:
+    config = GateConfig(block_size=block_size)
+    return AttnGate(*sizes, config=config, device=device).requires_grad_(False)
+
+
+def random_blocks(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
+    """Score blocks by chance, the same in every call of one size."""
+    visible = _visible_blocks(inputs, block_size)
+    shape = (*inputs.query.shape[:2], *visible.shape[-2:])
+    generator = torch.Generator(device="cpu").manual_seed(0)
+    scores = torch.rand(shape, generator=generator, device="cpu") + 1e-3
+    return scores.to(inputs.query.device) * visible
+
+
 class Baseline(NamedTuple):
     """A scorer and the selector that its authors, or we, would use with it."""
 
@@ -195,6 +220,8 @@ BASELINES: dict[str, Baseline] = {
     "xattention": Baseline(functools.partial(xattention, stride=8), "top_p"),
     "xattention16": Baseline(functools.partial(xattention, stride=16), "top_p"),
     "mean_pool": Baseline(mean_pool, "fraction"),
+    "zero_shot": Baseline(zero_shot, "top_p"),
+    "random": Baseline(random_blocks, "fraction"),
 }
 """By the names that the command line uses."""
 

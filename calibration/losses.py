@@ -46,6 +46,7 @@ def backward(
     *,
     kind: LossKind,
     rows: Tensor | None = None,
+    weights: Tensor | None = None,
     logits_bytes: int = LOGITS_BYTES,
 ) -> Tensor:
     """Return the mean loss over the rows that count, and add its gradient to the gate's weights.
@@ -59,6 +60,7 @@ def backward(
         counts: ``Bool[b h R]``.
         kind: Which loss.
         rows: ``Int64[R]``, indices of query sub-blocks; all when None.
+        weights: ``Float32[b h R]``, how much each row counts; 1 when None.
         logits_bytes: Bound on the logits of one chunk.
 
     Returns:
@@ -69,7 +71,14 @@ def backward(
     """
     with torch.enable_grad():
         loss = differentiable_loss(
-            gate, inputs, target, counts, kind=kind, rows=rows, logits_bytes=logits_bytes
+            gate,
+            inputs,
+            target,
+            counts,
+            kind=kind,
+            rows=rows,
+            weights=weights,
+            logits_bytes=logits_bytes,
         )
         torch.autograd.backward(loss)
     return loss.detach()
@@ -83,6 +92,7 @@ def differentiable_loss(
     *,
     kind: LossKind,
     rows: Tensor | None = None,
+    weights: Tensor | None = None,
     logits_bytes: int = LOGITS_BYTES,
 ) -> Tensor:
     """Return the mean loss over the rows that count, differentiable in the gate's weights.
@@ -110,7 +120,10 @@ def differentiable_loss(
         key = gate.project_key(gate.pool_key(inputs.key, inputs.visibility.key_padding))
         # Chunks meet at the features, so that each chunk's graph is freed at once.
         query_leaf, key_leaf = (part.detach().requires_grad_() for part in (query, key))
-        divisor = counts.sum().clamp(min=1)
+        if weights is None:
+            weights = torch.ones_like(target[..., 0])
+        weights = torch.where(counts, weights, 0.0)
+        divisor = weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
         total = torch.zeros((), device=query.device)
         for heads, part in _chunks(query, key, logits_bytes):
             log_mass = block_log_mass(
@@ -121,7 +134,8 @@ def differentiable_loss(
                 gate.config.block_size.key // sub_block,
             )
             losses = row_losses(log_mass, target[:, heads, part], kind)
-            loss = torch.where(counts[:, heads, part], losses, 0.0).sum() / divisor
+            losses = torch.where(counts[:, heads, part], losses, 0.0)
+            loss = (losses * weights[:, heads, part]).sum() / divisor
             torch.autograd.backward(loss)
             total += loss.detach()
         return _KnownGradients.apply(total, query_leaf.grad, key_leaf.grad, query, key)

@@ -6,9 +6,11 @@ import math
 
 from seer_compile.config import CalibrationConfig
 
+_LAST_PART = 0.2
+
 
 def learning_rate(step: int, config: CalibrationConfig) -> float:
-    """Return the rate of a step counted from 0: linear warm-up, then a cosine to the final rate.
+    """Return the rate of a step counted from 0: linear warm-up, then a fall to the final rate.
 
     Example:
         >>> config = CalibrationConfig(steps=10, warmup_steps=2, learning_rate=1.0,
@@ -20,6 +22,11 @@ def learning_rate(step: int, config: CalibrationConfig) -> float:
     if step < warmup:
         return config.learning_rate * (step + 1) / warmup
     progress = (step - warmup) / max(1, config.steps - warmup - 1)
-    share = 0.5 * (1 + math.cos(math.pi * min(progress, 1.0)))
+    progress = min(progress, 1.0)
+    share = {
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+        "linear": 1 - progress,
+        "flat": min(1.0, (1 - progress) / _LAST_PART),
+    }[config.schedule]
     span = config.learning_rate - config.final_learning_rate
     return config.final_learning_rate + span * share

@@ -13,7 +13,8 @@ from seer_compile.calibration import distributed
 from seer_compile.calibration.losses import backward
 from seer_compile.calibration.record import dense_answer, gate_of
 from seer_compile.calibration.schedule import learning_rate
-from seer_compile.calibration.targets import gate_target, sample_rows
+from seer_compile.calibration.statistics_start import fit_to_statistics
+from seer_compile.calibration.targets import far_row_weights, gate_target, sample_rows
 from seer_compile.config import CalibrationConfig
 from seer_compile.errors import CalibrationDataError, NonFiniteLossError
 from seer_compile.gate import AttnGate
@@ -31,9 +32,13 @@ class GateTrainer:
         self.losses: list[dict[str, float]] = []
         self._current: dict[str, float] = {}
 
-    def add(self, name: str, gate: AttnGate) -> None:
-        """Start to train a gate, from its untrained values."""
-        gate.reset()
+    def add(self, name: str, gate: AttnGate, inputs: SiteInputs | None = None) -> None:
+        """Start to train a gate; ``inputs`` of its site are what statistics are taken from."""
+        if self.config.start != "current":
+            gate.reset()
+        if self.config.start == "statistics" and inputs is not None:
+            with _plain_numerics(inputs.query.device):
+                fit_to_statistics(gate, inputs, seed=f"{self.config.seed}:{name}")
         gate.requires_grad_(True)
         self.optimizers[name] = torch.optim.AdamW(
             gate.parameters(), lr=0.0, weight_decay=self.config.weight_decay
@@ -43,7 +48,8 @@ class GateTrainer:
         """Train the site's gate on these inputs and answer densely."""
         gate = gate_of(self.store, inputs)
         if inputs.name not in self.optimizers:
-            self.add(inputs.name, gate)
+            # Processes meet other data: what all start from must not depend on it here.
+            self.add(inputs.name, gate, None if distributed.is_on() else inputs)
         with _plain_numerics(inputs.query.device):
             self._current[inputs.name] = self._update(gate, inputs)
         return dense_answer(gate, inputs)
@@ -67,6 +73,8 @@ class GateTrainer:
     def end(self) -> float:
         """Finish a step; return its mean loss over the sites reached, NaN when there was none."""
         self.losses.append(self._current)
+        if self.step < self.config.shared_steps:
+            self._share()
         self.step += 1
         reached = len(self._current)
         return sum(self._current.values()) / reached if reached else math.nan
@@ -88,8 +96,14 @@ class GateTrainer:
         )
         target, counts = gate_target(inputs, gate.config, kind=config.target, rows=rows)
         optimizer.zero_grad(set_to_none=True)
-        loss = backward(gate, inputs, target, counts, kind=config.loss, rows=rows)
+        weights = None
+        if config.far_rows:
+            weights = far_row_weights(target, inputs, gate.config, rows, more=config.far_rows)
+        loss = backward(gate, inputs, target, counts, kind=config.loss, rows=rows, weights=weights)
         gradients = [weight.grad for weight in gate.parameters() if weight.grad is not None]
+        if config.tie_keys and gate.key_weight.grad is not None:
+            grouped = gate.key_weight.grad.unflatten(0, (gate.kv_heads, -1))
+            grouped.copy_(grouped.mean(1, keepdim=True).expand_as(grouped))
         distributed.average([*gradients, loss])
         norm = torch.linalg.vector_norm(torch.stack([part.norm() for part in gradients]))
         # One transfer for both: it is the only one of the step.
@@ -102,7 +116,41 @@ class GateTrainer:
         optimizer.param_groups[0]["lr"] = learning_rate(self.step, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        if config.average:
+            self._follow(optimizer, gate)
         return loss_value
+
+    def finish(self) -> None:
+        """Put the averages of the weights in their place, where they are kept."""
+        for name, optimizer in self.optimizers.items():
+            for weight in self.gate(name).parameters():
+                average = (
+                    optimizer.state[weight].get("average") if weight in optimizer.state else None
+                )
+                if average is not None:
+                    weight.data.copy_(average)
+
+    def _follow(self, optimizer: torch.optim.AdamW, gate: AttnGate) -> None:
+        # The first steps are forgotten quickly: they are far from where training ends.
+        decay = min(self.config.average, (1 + self.step) / (10 + self.step))
+        for weight in gate.parameters():
+            state = optimizer.state[weight]
+            if "average" not in state:
+                state["average"] = weight.detach().clone()
+            state["average"].lerp_(weight.detach(), 1 - decay)
+
+    def _share(self) -> None:
+        """Give gates of equal sizes the mean of their weights."""
+        kinds: dict[tuple[torch.Size, ...], list[AttnGate]] = {}
+        for name in self._current:
+            gate = self.gate(name)
+            kinds.setdefault(tuple(part.shape for part in gate.parameters()), []).append(gate)
+        with torch.no_grad():
+            for gates in kinds.values():
+                for parts in zip(*(gate.parameters() for gate in gates), strict=True):
+                    mean = torch.stack([part.to(parts[0].device) for part in parts]).mean(0)
+                    for part in parts:
+                        part.copy_(mean)
 
     def _non_finite(
         self, inputs: SiteInputs, loss: float, norm: float, target: Tensor

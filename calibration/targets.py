@@ -14,7 +14,7 @@ from torch import Tensor
 from seer_compile.config import GateConfig
 from seer_compile.types import SiteInputs, Visibility
 
-TargetKind = Literal["mass", "max"]
+TargetKind = Literal["mass", "max", "value"]
 
 
 def attention_mass(
@@ -27,19 +27,23 @@ def attention_mass(
     """Return the attention map of a site, reduced over units of queries and keys.
 
     Args:
-        inputs: Operands of the site; its value is not read.
+        inputs: Operands of the site; its value is read for ``value`` only.
         query_unit: Tokens per query unit.
         key_unit: Tokens per key unit.
         kind: ``mass`` sums over keys and averages over queries, ``max`` takes the largest
-            probability of the unit pair (the published map).
+            probability of the unit pair (the published map), ``value`` sums over keys weighted by
+            the norm of their values, relative to the row's mean of it.
 
     Returns:
         ``Float32[b h query_units key_units]``; a query unit that reads nothing is all zeros.
     """
-    query_reduce, key_reduce = ("mean", "sum") if kind == "mass" else ("max", "max")
+    query_reduce, key_reduce = ("max", "max") if kind == "max" else ("mean", "sum")
+    query, key = inputs.query.detach(), inputs.key.detach()
+    if kind == "value":
+        query, key = _with_value_norms(query, key, inputs.value.detach(), inputs.scale)
     return torch.ops.seer_compile.attention_mass.v1(
-        inputs.query.detach(),
-        inputs.key.detach(),
+        query,
+        key,
         inputs.scale,
         query_unit,
         key_unit,
@@ -47,6 +51,50 @@ def attention_mass(
         key_reduce,
         *inputs.visibility.as_arguments().values(),
     )
+
+
+def _with_value_norms(
+    query: Tensor, key: Tensor, value: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Return operands with one channel more, which multiplies each probability by a value's norm.
+
+    The softmax over logits plus the logarithm of a weight is the weighted softmax.
+    """
+    norms = value.float().norm(dim=-1, keepdim=True)
+    typical = norms.mean(-2, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    # Relative to the mean and bounded, so that bfloat16 holds the logarithm well enough.
+    logs = (norms / typical).clamp(min=1e-2, max=1e2).log() / scale
+    return (
+        torch.cat([query, torch.ones_like(query[..., :1])], -1),
+        torch.cat([key, logs.to(key.dtype)], -1),
+    )
+
+
+def far_row_weights(
+    target: Tensor, inputs: SiteInputs, config: GateConfig, rows: Tensor | None, *, more: float
+) -> Tensor:
+    """Return ``Float32[b h R]``: 1, and ``more`` per share of mass that needs a gate to be found.
+
+    Diagonal and sink blocks are kept by every selection: a row that reads nothing else teaches
+    little, and a row that looks something up far away is rare.
+
+    Args:
+        target: ``Float32[b h R n]``, rows sum to 1.
+        inputs: Operands of the site.
+        config: Sub-block and block sizes.
+        rows: ``Int64[R]``, indices of query sub-blocks; all when None.
+        more: Weight per share.
+    """
+    q_len, k_len = inputs.query.shape[-2], inputs.key.shape[-2]
+    if rows is None:
+        rows = torch.arange(target.shape[2], device=target.device)
+    shift = 0 if inputs.visibility.upper is None else inputs.visibility.upper
+    shift = shift + (0 if inputs.visibility.offset is None else inputs.visibility.offset)
+    own = (rows * config.sub_block).clamp(max=q_len - 1) + shift
+    own = own.to(target.device).clamp(0, k_len - 1) // config.block_size.key
+    near = target.gather(-1, own[None, None, :, None].expand(*target.shape[:2], -1, 1))[..., 0]
+    sink = torch.where(own > 0, target[..., 0], 0.0)
+    return 1 + more * (1 - near - sink).clamp(min=0)
 
 
 def gate_target(

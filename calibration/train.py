@@ -40,7 +40,7 @@ DEFAULT_MASS = 0.95
 """Share of the attention mass captured at every site when no target is given."""
 
 _logger = logging.getLogger(__name__)
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "average")
 
 
 class Targets(NamedTuple):
@@ -68,9 +68,9 @@ def fit(
 ) -> CalibrationReport:
     """Train every gate that the model's sites need, measure budgets, and choose one.
 
-    Training starts from the identity-initialised gates, whatever the store held. After an error or
-    an interruption the store is as it was before; what was trained is in the checkpoints, and the
-    same call goes on from there.
+    Training starts from the identity-initialised gates, whatever the store held, unless the
+    configuration says otherwise. After an error or an interruption the store is as it was before;
+    what was trained is in the checkpoints, and the same call goes on from there.
 
     Args:
         run: One forward of the frozen model with a handler that answers the sites.
@@ -110,6 +110,7 @@ def fit(
         session.resume()
         with Interruption(enabled=checkpoint_dir is not None) as interruption:
             _train(run, session, interruption, progress=progress)
+            trainer.finish()
             longer = tuple(curve_data)
             tables = tabulate(
                 run,
@@ -222,8 +223,8 @@ class _Session:
         for name, optimizer in trainer.optimizers.items():
             for label, weight in trainer.gate(name).named_parameters():
                 tensors[f"{name}.{label}"] = weight
-                state = optimizer.state.get(weight)
-                tensors |= {f"{name}.{label}.{key}": state[key] for key in _MOMENTS if state}
+                state = optimizer.state.get(weight) or {}
+                tensors |= {f"{name}.{label}.{key}": state[key] for key in _MOMENTS if key in state}
         state = {
             "identity": self.identity,
             "cursor": self.stream.cursor,
@@ -242,7 +243,8 @@ def _restore(
             weight.copy_(tensors[f"{name}.{label}"])
             if f"{name}.{label}.step" not in tensors:
                 continue
-            state = {key: tensors[f"{name}.{label}.{key}"] for key in _MOMENTS}
+            keys = [key for key in _MOMENTS if f"{name}.{label}.{key}" in tensors]
+            state = {key: tensors[f"{name}.{label}.{key}"] for key in keys}
             optimizer.state[weight] = {
                 # AdamW keeps its step count on the CPU.
                 key: value if key == "step" else value.to(weight.device)
@@ -265,7 +267,10 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
     reached: dict[str, AttnGate] = {}
 
     def answer(inputs: SiteInputs) -> Tensor:
-        gate = reached[inputs.name] = gate_of(trainer.store, inputs)
+        gate = gate_of(trainer.store, inputs)
+        if inputs.name not in reached:
+            reached[inputs.name] = gate
+            trainer.add(inputs.name, gate, inputs)
         return dense_answer(gate, inputs)
 
     with torch.no_grad():
@@ -275,8 +280,7 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
                 break
     if not reached:
         raise no_site()
-    for name, gate in reached.items():
-        trainer.add(name, gate)
+    for gate in reached.values():
         distributed.broadcast(weight.data for weight in gate.parameters())
 
 

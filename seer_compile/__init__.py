@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from seer_compile.gate_store import GateStore
     from seer_compile.kernels.ops import block_sparse_attention
     from seer_compile.report import SeerReport
+    from seer_compile.task_evaluation import TaskEvaluator, TaskRow
     from seer_compile.types import BlockSelection, BlockSize, Visibility
 
 __version__ = "0.1.0"
@@ -79,6 +80,7 @@ _HOMES = {
     "seer_compile.gate_store": ("GateStore",),
     "seer_compile.kernels.ops": ("block_sparse_attention",),
     "seer_compile.report": ("SeerReport",),
+    "seer_compile.task_evaluation": ("TaskEvaluator", "TaskRow"),
     "seer_compile.types": ("BlockSelection", "BlockSize", "Visibility"),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}
@@ -97,6 +99,8 @@ __all__ = [
     "SeerError",
     "SeerReport",
     "SeerWarning",
+    "TaskEvaluator",
+    "TaskRow",
     "Threshold",
     "TopK",
     "TopP",

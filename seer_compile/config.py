@@ -152,21 +152,44 @@ class GateConfig:
         )
 
 
+STARTS = ("identity", "statistics", "current")
+SCHEDULES = ("cosine", "linear", "flat")
+TARGETS = ("mass", "max", "value")
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class CalibrationConfig:
     """How gates are trained. Steps count batches."""
 
     steps: int = 400
+    """0 trains nothing: what the gates are at first is measured."""
+    start: Literal["identity", "statistics", "current"] = "identity"
+    """Gates at the first step: ``identity`` ranks by means, ``statistics`` by a convex fit to one
+    batch, ``current`` goes on with what the gates hold."""
     learning_rate: float = 1e-3
-    """Peak of a linear warm-up followed by a cosine to ``final_learning_rate``."""
+    """Peak of a linear warm-up followed by a fall to ``final_learning_rate``."""
     final_learning_rate: float = 1e-5
     warmup_steps: int = 20
+    schedule: Literal["cosine", "linear", "flat"] = "cosine"
+    """Of the fall; ``flat`` stays at the peak and falls in the last fifth of the steps."""
+    average: float = 0.0
+    """Decay per step of a moving average of the weights, which takes their place at the end; 0
+    keeps the last ones."""
+    shared_steps: int = 0
+    """First steps after which gates of equal sizes are averaged over the sites, so that each site
+    starts from what all have learned."""
+    tie_keys: bool = False
+    """Query heads of one key head project keys alike."""
     weight_decay: float = 0.0
     clip_norm: float = 1.0
     """Largest gradient norm per gate."""
     loss: Literal["kl", "mse"] = "kl"
-    target: Literal["mass", "max"] = "mass"
-    """``mass``: sum over the keys of a block, ours. ``max``: largest probability, the paper's."""
+    target: Literal["mass", "max", "value"] = "mass"
+    """``mass``: sum over the keys of a block, ours. ``max``: largest probability, the paper's.
+    ``value``: the sum with each key weighted by the norm of its value: what outputs are made of."""
+    far_rows: float = 0.0
+    """Weight, beyond 1, of a row in the loss, per share of its mass outside of the blocks that
+    every selection keeps."""
     rows_per_step: int = 4096
     """Query sub-blocks per sequence that enter the loss; all when a sequence has fewer."""
     holdout_batches: int = 4
@@ -178,7 +201,14 @@ class CalibrationConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
-        for name in ("steps", "rows_per_step", "checkpoint_every", "holdout_batches"):
+        _check(isinstance(self.steps, int) and self.steps >= 0, "steps", self.steps, ">= 0")
+        for name, known in (("start", STARTS), ("schedule", SCHEDULES), ("target", TARGETS)):
+            value = getattr(self, name)
+            _check(value in known, name, value, f"one of {known}")
+        for name in ("shared_steps", "far_rows"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
+        _check(0 <= self.average < 1, "average", self.average, "in [0, 1)")
+        for name in ("rows_per_step", "checkpoint_every", "holdout_batches"):
             value = getattr(self, name)
             _check(isinstance(value, int) and value >= 1, name, value, "an integer >= 1")
         _check(
@@ -195,4 +225,3 @@ class CalibrationConfig:
         _check(self.weight_decay >= 0, "weight_decay", self.weight_decay, ">= 0")
         _check(self.clip_norm > 0, "clip_norm", self.clip_norm, "> 0")
         _check(self.loss in ("kl", "mse"), "loss", self.loss, "'kl' or 'mse'")
-        _check(self.target in ("mass", "max"), "target", self.target, "'mass' or 'max'")

@@ -89,7 +89,7 @@ class Distillation:
     def _loss(self, inputs: SiteInputs, number: int) -> Tensor:
         from seer_compile.calibration import distributed
         from seer_compile.calibration.losses import differentiable_loss
-        from seer_compile.calibration.targets import gate_target, sample_rows
+        from seer_compile.calibration.targets import far_row_weights, gate_target, sample_rows
 
         gate, config, device = self._gate(inputs.name), self._config, inputs.query.device
         rows = sample_rows(
@@ -100,7 +100,12 @@ class Distillation:
         )
         with torch.autocast(device.type, enabled=False):
             target, counts = gate_target(inputs, gate.config, kind=config.target, rows=rows)
-            return differentiable_loss(gate, inputs, target, counts, kind=config.loss, rows=rows)
+            weights = None
+            if config.far_rows:
+                weights = far_row_weights(target, inputs, gate.config, rows, more=config.far_rows)
+            return differentiable_loss(
+                gate, inputs, target, counts, kind=config.loss, rows=rows, weights=weights
+            )
 
     def _gate(self, name: str) -> AttnGate:
         gate = self._session.store.get(name)
@@ -120,8 +125,8 @@ def distillation(
 
     Args:
         model: An optimized model, or a wrapper around one (PEFT, data parallel).
-        config: Its ``loss``, ``target``, ``rows_per_step`` and ``seed`` count; the defaults of
-            calibration when None.
+        config: Its ``loss``, ``target``, ``far_rows``, ``rows_per_step`` and ``seed`` count; the
+            defaults of calibration when None.
 
     Yields:
         Collects the calls made in the block; afterwards ``loss()`` gives the gates' loss.

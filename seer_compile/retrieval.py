@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 LETTERS = 6
 DIGITS = 5
+_SHORTEST_COPY, _LONGEST_COPY = 8, 24
 
 
 @dataclass(frozen=True, kw_only=True, slots=True, eq=False)
@@ -104,6 +105,39 @@ def plant_keys(tokens: np.ndarray, tokenizer: Tokenizer, *, keys: int, seed: int
     return PlantedTokens(
         tokens=planted, ordinary=ordinary, values=tuple(values[key] for key in range(keys))
     )
+
+
+def plant_copies(tokens: np.ndarray, *, copies: int, generator: np.random.Generator) -> np.ndarray:
+    """Write random spans over a text, each of them twice, at any distance.
+
+    The second occurrence can be predicted from the first alone, so that a text without repetitions
+    of its own shows how a model looks things up. A span is 8 to 24 tokens of the text, as they
+    stand there or in random order.
+
+    Args:
+        tokens: ``Int[t]``; not changed.
+        copies: Number of spans; fewer where the text has no room for two of each.
+        generator: Of the spans and their places.
+
+    Returns:
+        ``Int64[t]``.
+    """
+    planted = np.array(tokens, dtype=np.int64)
+    copies = min(copies, len(planted) // (2 * (_LONGEST_COPY + 1)))
+    if copies < 1:
+        return planted
+    slot = len(planted) // (2 * copies)
+    order = generator.permutation(2 * copies)
+    for place in range(copies):
+        length = int(generator.integers(_SHORTEST_COPY, _LONGEST_COPY + 1))
+        start = int(generator.integers(0, len(planted) - length + 1))
+        span = np.array(tokens[start : start + length], dtype=np.int64)
+        if place % 2:
+            span = np.asarray(tokens)[generator.integers(0, len(planted), length)].astype(np.int64)
+        for where in order[2 * place : 2 * place + 2]:
+            first = int(where) * slot + int(generator.integers(0, slot - length + 1))
+            planted[first : first + length] = span
+    return planted
 
 
 def count_retrieved(predicted: np.ndarray, planted: PlantedTokens) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.errors import CalibrationDataError, RangeError, SeerInputError
-from seer_compile.retrieval import PlantedTokens, plant_keys
+from seer_compile.retrieval import PlantedTokens, plant_copies, plant_keys
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -126,12 +126,17 @@ class CalibrationWindows:
     """Windows per length; those of all cuts when None."""
     cuts: int = 16
     """Times the text is cut into windows side by side."""
+    copies: float = 0.0
+    """Random spans planted twice, per 1,024 tokens; see
+    :func:`seer_compile.retrieval.plant_copies`."""
     model_arguments: tuple[tuple[str, Any], ...] = (("use_cache", False),)
     """Further keyword arguments of the model, the same in every batch."""
 
     def __post_init__(self) -> None:
         if self.cuts < 1:
             raise RangeError(argument="cuts", got=self.cuts, expected=">= 1")
+        if not 0 <= self.copies <= 16:
+            raise RangeError(argument="copies", got=self.copies, expected="0 to 16")
         for length in self.lengths:
             window_starts(len(self.tokens), length, 1)
 
@@ -176,6 +181,10 @@ class CalibrationWindows:
 
     def _window(self, start: int, length: int) -> Tensor:
         window = np.asarray(self.tokens[start : start + length], dtype=np.int64)
+        if self.copies:
+            generator = np.random.default_rng((self.seed, length, start))
+            copies = round(self.copies * length / 1024)
+            window = plant_copies(window, copies=copies, generator=generator)
         return torch.from_numpy(window)[None]
 
     def _fixed(self) -> dict[str, Any]:

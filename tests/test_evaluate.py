@@ -1,5 +1,6 @@
 """Planted keys, token windows, losses in pieces, and the comparison of methods."""
 
+import itertools
 import math
 import random
 
@@ -104,6 +105,27 @@ def test_no_keys_leave_the_text_as_it_is(tokenizer):
     planted = retrieval.plant_keys(text_tokens(64), tokenizer, keys=0, seed=0)
     assert planted.ordinary.all()
     assert planted.values == ()
+
+
+def test_copies_stand_twice_and_are_all_that_changes():
+    original = np.arange(4096) + 1000
+    planted = retrieval.plant_copies(original, copies=12, generator=np.random.default_rng(0))
+    again = retrieval.plant_copies(original, copies=12, generator=np.random.default_rng(0))
+    assert np.array_equal(planted, again)
+    (changed,) = np.nonzero(planted != original)
+    spans = np.split(changed, np.nonzero(np.diff(changed) > 1)[0] + 1)
+    found = sorted(tuple(planted[span].tolist()) for span in spans)
+    # Spans that touch are one run of changes; the others come in pairs.
+    pairs = sum(one == other for one, other in itertools.pairwise(found))
+    assert pairs >= 8
+    assert 12 * 2 * 8 <= len(changed) <= 12 * 2 * 24
+    assert set(planted) <= set(original)
+
+
+def test_copies_leave_a_text_without_room_as_it_is():
+    tokens = np.arange(30)
+    generator = np.random.default_rng(0)
+    assert np.array_equal(retrieval.plant_copies(tokens, copies=3, generator=generator), tokens)
 
 
 def test_files_are_held_out_by_their_path_alone(tmp_path):
@@ -252,3 +274,17 @@ def test_every_listed_method_can_be_parsed_and_others_are_refused():
     for name in ("nonsense", "dense_top_p", "oracle_top_k", ""):
         with pytest.raises(SeerInputError, match="sink_local"):
             parse_method(name)
+
+
+def test_calibration_windows_carry_copies_where_asked():
+    tokens = text_tokens(20_000, seed=1)
+    plain, copied = (
+        CalibrationWindows(tokens=tokens, lengths=(1024,), copies=copies) for copies in (0, 4)
+    )
+    pairs = list(zip(plain, copied, strict=True))
+    shares = [(one["input_ids"] != other["input_ids"]).float().mean() for one, other in pairs]
+    assert all(0.05 < share < 0.2 for share in shares)
+    again = next(iter(copied))["input_ids"]
+    assert torch.equal(again, pairs[0][1]["input_ids"])
+    with pytest.raises(RangeError, match="copies"):
+        CalibrationWindows(tokens=tokens, lengths=(1024,), copies=-1)

@@ -133,3 +133,31 @@ def test_bundled_model_still_retrieves():
     loss, predicted = next_token_loss(logits, ids[0], window.ordinary)
     assert loss < 3.5
     assert count_retrieved(predicted, window) >= 14
+
+
+@pytest.mark.slow
+def test_vision_training_script_trains_and_compares(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    images, labels = torch.rand(60, 8, 8, generator=generator), torch.arange(60) % 10
+    out = tmp_path / "rows.jsonl"
+    words = f"--tiny --minutes 0.02 --steps 3 --densities 0.3 --device cpu --out {out}"
+    script = load("train_vision_model")
+    rows = script.main(words.split(), (images, labels))
+    assert [row.method for row in rows] == ["dense", *script.METHODS[1:], "gate"]
+    assert all(0 <= row.score <= 1 for row in rows)
+    assert len(out.read_text().splitlines()) == len(rows)
+
+
+def test_vision_pictures_ask_for_the_other_digit_of_a_colour():
+    script = load("train_vision_model")
+    images = torch.ones(10, 8, 8) * torch.linspace(0.5, 1.0, 10)[:, None, None]
+    painter = script.Painter(images, torch.arange(10), seed=0, device="cpu")
+    pixels, places, answers, own = painter.draw(3, 256)
+    assert torch.equal(answers, own.roll(script.PAIRS, 1))
+    # A digit's patches show its colour: that of the digit half the list away, and of no other.
+    patches = pixels.unflatten(3, (-1, 8)).unflatten(2, (-1, 8)).mean((3, 5)).flatten(2)
+    seen = patches.gather(2, places[:, None, :, 4].expand(-1, 3, -1))
+    assert torch.equal(script.square_order(4)[:6], torch.tensor([0, 1, 4, 5, 2, 3]))
+    centred = (seen + 1) / (seen + 1).norm(dim=1, keepdim=True)
+    alike = torch.einsum("bcx,bcy->bxy", centred, centred) - 2 * torch.eye(16)
+    assert torch.equal(alike.argmax(-1), torch.arange(16).roll(script.PAIRS).expand(3, -1))

@@ -499,3 +499,26 @@ def test_two_processes_end_with_equal_gates_trained_on_both_shares(tmp_path):
     )
     name = alone.names()[0]
     assert not torch.equal(stores[0].get(name).key_weight, alone.get(name).key_weight)
+
+
+class TestStart:
+    def test_no_steps_measure_the_gates_as_they_are(self):
+        store, report = run_fit()
+        before = state_of(store)
+        again = dataclasses.replace(SHORT, steps=0, start="current")
+        _, measured = run_fit(store=store, config=again)
+        for name, gate in store.items():
+            assert gate.curve == dict(zip(store.names(), report.sites, strict=True))[name].curve
+        assert_equal_states(before, state_of(store))
+        assert measured.steps == 0
+
+    def test_gates_go_on_from_what_they_hold(self):
+        store, first = run_fit()
+        _, more = run_fit(store=store, config=dataclasses.replace(SHORT, start="current"))
+        assert more.losses[0] < 0.98 * first.losses[0]
+        _, anew = run_fit(store=store)
+        assert anew.losses == first.losses
+
+    def test_unknown_start_is_refused(self):
+        with pytest.raises(RangeError, match="start"):
+            CalibrationConfig(start="anywhere")

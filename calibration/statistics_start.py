@@ -1,0 +1,220 @@
+"""A gate from statistics of queries and keys, without training: a convex fit per head.
+
+Logits ``sum_d q[p, d] A[p, p', d] k[p', d]``, sums over channels of products of pooled values,
+contain mean pooling (``A`` is 1 for the two means and 0 otherwise) and, where extremes are pooled,
+bounds such as Quest's. Their divergence from the true map is convex in ``A``; a few Newton steps
+from mean pooling on a sample of rows find the best. The largest terms of each channel's ``A``
+become the gate's projections.
+
+Letters of shapes: see :mod:`seer_compile.types`. P and P' are the pools of queries and keys, R a
+choice of query sub-blocks, C a choice of key sub-blocks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seer_compile.calibration.targets import attention_mass, sample_rows
+from seer_compile.gate import AttnGate
+from seer_compile.gate_scores import HIDDEN_LOGIT, visible_units
+from seer_compile.types import SiteInputs
+
+_ROWS, _COLUMNS, _STEPS = 128, 2048, 4
+_HALVINGS = 4
+# Of the mean curvature: how strongly the fit is held to mean pooling.
+_PRIOR = 1e-2
+_MAP_BYTES = 1 << 30
+_CHUNK_ROWS = 32
+
+
+class _Sample(NamedTuple):
+    """What one head is fitted to."""
+
+    query: Tensor
+    """``Float32[R P d]``, the factor on the logits included."""
+    key: Tensor
+    """``Float32[C P' d]``."""
+    target: Tensor
+    """``Float32[R C]``: rows sum to 1."""
+    hidden: Tensor
+    """``Bool[R C]``."""
+
+
+def fit_to_statistics(gate: AttnGate, inputs: SiteInputs, *, seed: str = "") -> bool:
+    """Set a gate's weights to the best per-channel comparison of pooled tokens.
+
+    The gate stays as it is where the fit predicts the sample no better, or the map of the site
+    would take more than 1 GB.
+
+    Args:
+        gate: Whose weights are written, in place.
+        inputs: Operands of the site; the first batch item is read.
+        seed: Chooses the rows.
+
+    Returns:
+        Whether any head was written.
+
+    Cost:
+        One attention map at sub-block resolution, and per head four sums over 128 rows of
+        ``C x (P' d)**2`` products.
+    """
+    unit = gate.config.sub_block
+    units = [-(-tensor.shape[-2] // unit) for tensor in (inputs.query, inputs.key)]
+    if 4 * gate.heads * units[0] * units[1] > _MAP_BYTES or units[0] < 2:
+        return False
+    changed = False
+    with torch.no_grad():
+        for head, sample in _samples(gate, inputs, seed):
+            found = _weights(gate, _fit(sample, _means(gate, sample.query)), sample)
+            before = (gate.query_weight[head], gate.key_weight[head])
+            if _loss_of(found, sample) < _loss_of(before, sample):
+                gate.query_weight[head], gate.key_weight[head] = found
+                changed = True
+    return changed
+
+
+def _samples(gate: AttnGate, inputs: SiteInputs, seed: str) -> Iterator[tuple[int, _Sample]]:
+    """Yield each head with what it is fitted to."""
+    unit, device = gate.config.sub_block, inputs.query.device
+    mass = attention_mass(inputs, query_unit=unit, key_unit=unit)[0]
+    rows, columns = (
+        _choice(total, wanted, f"{seed}:{name}", device)
+        for name, total, wanted in (
+            ("rows", mass.shape[1], _ROWS),
+            ("columns", mass.shape[2], _COLUMNS),
+        )
+    )
+    visible = visible_units(
+        inputs.visibility,
+        units=(unit, unit),
+        lengths=(inputs.query.shape[-2], inputs.key.shape[-2]),
+        device=device,
+        rows=rows,
+    )[0, 0][:, columns]
+    query = gate.pool_query(inputs.query)[0][:, rows]
+    key = gate.pool_key(inputs.key, inputs.visibility.key_padding)[0][:, columns]
+    for head in range(gate.heads):
+        target = mass[head][rows][:, columns]
+        counts = target.sum(-1) > 0
+        if not bool(counts.any()):
+            continue
+        target = target[counts] / target[counts].sum(-1, keepdim=True)
+        yield (
+            head,
+            _Sample(
+                inputs.scale
+                * query[head][counts].unflatten(-1, (len(gate.config.query_pools), -1)),
+                key[head * gate.kv_heads // gate.heads].unflatten(
+                    -1, (len(gate.config.key_pools), -1)
+                ),
+                target,
+                ~visible[counts],
+            ),
+        )
+
+
+def _choice(total: int, wanted: int, key: str, device: torch.device) -> Tensor:
+    chosen = sample_rows(total, wanted, key=key, device=device)
+    return torch.arange(total, device=device) if chosen is None else chosen
+
+
+def _means(gate: AttnGate, like: Tensor) -> Tensor:
+    """Return ``Float32[P P' d]`` of mean pooling; extremes count evenly where there is no mean."""
+    sides = [
+        torch.tensor(
+            [float(kind == "mean") if "mean" in kinds else 1 / len(kinds) for kind in kinds],
+            device=like.device,
+        )
+        for kinds in (gate.config.query_pools, gate.config.key_pools)
+    ]
+    return torch.outer(*sides)[..., None].expand(-1, -1, gate.head_dim).contiguous()
+
+
+def _fit(sample: _Sample, start: Tensor) -> Tensor:
+    """Return ``Float32[P P' d]``: Newton steps with halving, held to the start by a weak prior."""
+    best, loss = start, _loss(start, sample)
+    for _ in range(_STEPS):
+        gradient, curvature = _derivatives(best, sample)
+        prior = _PRIOR * curvature.diagonal().mean()
+        gradient = gradient + prior * (best - start).flatten()
+        curvature.diagonal().add_(prior)
+        step = torch.linalg.solve(curvature, gradient).view_as(best)
+        for halving in range(_HALVINGS):
+            candidate = best - step / 2**halving
+            reached = _loss(candidate, sample)
+            if reached < loss:
+                best, loss = candidate, reached
+                break
+        else:
+            return best
+    return best
+
+
+def _derivatives(form: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
+    """Return gradient and curvature of the loss with respect to the flattened form."""
+    shares = _log_shares(form, sample).exp()
+    key = sample.key.flatten(1)
+    error = (shares - sample.target) @ key
+    gradient = torch.einsum("rpd,rqd->pqd", sample.query, error.unflatten(-1, sample.key.shape[1:]))
+    size = form.numel()
+    curvature = form.new_zeros(size, size)
+    for part in range(0, len(shares), _CHUNK_ROWS):
+        rows = slice(part, part + _CHUNK_ROWS)
+        weighted = shares[rows, :, None] * key
+        mean = weighted.sum(1)
+        moments = weighted.mT @ key - mean[:, :, None] * mean[:, None]
+        # Each entry of the form multiplies one pooled query with one pooled key of its channel.
+        query = sample.query[rows]
+        left = query[:, :, None].expand(-1, -1, sample.key.shape[1], -1).flatten(1)
+        moments = (
+            moments[:, None, :, None]
+            .expand(-1, query.shape[1], -1, query.shape[1], -1)
+            .reshape(len(query), size, size)
+        )
+        curvature += torch.einsum("rx,rxy,ry->xy", left, moments, left)
+    return gradient.flatten() / len(shares), curvature / len(shares)
+
+
+def _log_shares(form: Tensor, sample: _Sample) -> Tensor:
+    query = torch.einsum("rpd,pqd->rqd", sample.query, form).flatten(1)
+    logits = (query @ sample.key.flatten(1).mT).masked_fill(sample.hidden, HIDDEN_LOGIT)
+    return logits.log_softmax(-1)
+
+
+def _loss(form: Tensor, sample: _Sample) -> float:
+    return float(-(sample.target * _log_shares(form, sample)).sum(-1).mean())
+
+
+def _loss_of(weights: tuple[Tensor, Tensor], sample: _Sample) -> float:
+    query = sample.query.flatten(1) @ weights[0]
+    key = sample.key.flatten(1) @ weights[1]
+    shares = (query @ key.mT).masked_fill(sample.hidden, HIDDEN_LOGIT).log_softmax(-1)
+    return float(-(sample.target * shares).sum(-1).mean())
+
+
+def _weights(gate: AttnGate, form: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
+    """Return ``Float32[Pq*d e]`` and ``Float32[Pk*d e]``: the largest terms of the form.
+
+    A channel's ``P x P'`` table is a sum of products of two vectors; those count most whose
+    products vary most over the sample.
+    """
+    left, sizes, right = torch.linalg.svd(form.permute(2, 0, 1), full_matrices=False)
+    left, right = left * sizes.sqrt()[:, None], (right * sizes.sqrt()[..., None]).mT
+    spread = [
+        torch.einsum("xpd,dpt->xdt", tokens, side).std(0)
+        for tokens, side in ((sample.query, left), (sample.key, right))
+    ]
+    terms = (spread[0] * spread[1]).flatten()
+    chosen = terms.topk(min(gate.config.gate_dim, len(terms))).indices
+    channels, places = chosen // sizes.shape[1], chosen % sizes.shape[1]
+    weights = []
+    for side in (left, right):
+        weight = form.new_zeros(side.shape[1], gate.head_dim, gate.config.gate_dim)
+        slots = torch.arange(len(chosen), device=form.device)
+        weight[:, channels, slots] = side[channels, :, places].T
+        weights.append(weight.flatten(0, 1))
+    return weights[0], weights[1]
