@@ -73,8 +73,12 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Skip tests marked ``gpu`` where there is none."""
+    """Skip tests marked ``gpu`` where there is none; where there is one, the long ones go first.
+
+    They compile for a minute each: the last of them to begin decides when several processes end.
+    """
     if torch.cuda.is_available():
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
         return
     skip = pytest.mark.skip(reason="no CUDA GPU")
     for item in items:
