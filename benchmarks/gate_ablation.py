@@ -4,8 +4,8 @@
         --experiments base sub_block_4 --allocations uniform sensitivity --out results.jsonl
 
 An experiment is what it changes of the gate, of the training and of the windows; ``--list`` shows
-them, and ``copies_4+average_0.99`` is both. Gates are trained once per experiment and judged under every allocation. ``seconds`` is the
-whole calibration: training, curves, sensitivity.
+them, and ``copies_4+average_0.99`` is both. Gates are trained once per experiment and judged under
+every allocation. ``seconds`` is the whole calibration: training, curves, sensitivity.
 """
 
 from __future__ import annotations

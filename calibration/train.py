@@ -27,6 +27,7 @@ from seer_compile.calibration.budget import tabulate
 from seer_compile.calibration.interruption import Interruption
 from seer_compile.calibration.record import BatchStream, Run, dense_answer, gate_of
 from seer_compile.calibration.report import CalibrationReport, build_report
+from seer_compile.calibration.search import search_shares
 from seer_compile.calibration.sensitivity import measure_sensitivity
 from seer_compile.calibration.site_trainer import GateTrainer, no_site
 from seer_compile.config import CalibrationConfig
@@ -130,6 +131,15 @@ def fit(
             gate = trainer.gate(name)
             gate.is_trained, gate.curve = True, table.gate
             gate.sensitivity = sensitivities.get(name)
+        searched = search_shares(
+            run,
+            store,
+            (*longer, *stream.holdout),
+            evaluations=config.search_evaluations,
+            progress=progress,
+        )
+        for name in tables:
+            trainer.gate(name).shares = searched.get(name)
         store.set_budget(**targets._asdict(), allocation=allocation)
         store.set_mode(True)
         return build_report(
@@ -139,7 +149,9 @@ def fit(
             config=dataclasses.asdict(config),
             target={name: value for name, value in targets._asdict().items() if value is not None},
             allocation=choose_allocation(
-                allocation, {name: sensitivities.get(name) for name in tables}
+                allocation,
+                {name: sensitivities.get(name) for name in tables},
+                {name: searched.get(name) for name in tables},
             ),
         )
 
@@ -169,7 +181,7 @@ class _Session:
         self.trainer, self.stream, self.directory = trainer, stream, directory
         training = dataclasses.asdict(trainer.config)
         # How often to save, and what is measured afterwards, changes nothing of the weights.
-        for name in ("checkpoint_every", "sensitivity_batches"):
+        for name in ("checkpoint_every", "sensitivity_batches", "search_evaluations"):
             del training[name]
         self.identity = {
             "training": training,
@@ -325,6 +337,7 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
             {key: value.clone() for key, value in gate.state_dict().items()},
             gate.curve,
             gate.sensitivity,
+            gate.shares,
             gate.is_trained,
         )
         for name, gate in store.items()
@@ -336,7 +349,7 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
             if name not in before:
                 gate.reset()
                 continue
-            state, gate.curve, gate.sensitivity, gate.is_trained = before[name]
+            state, gate.curve, gate.sensitivity, gate.shares, gate.is_trained = before[name]
             gate.load_state_dict(state)
         store.write_metadata()
         raise

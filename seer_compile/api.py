@@ -128,8 +128,8 @@ def calibrate(
         mass: Target share of the attention mass to capture at every site, in (0, 1]; 0.95 when no
             target is given.
         max_error: Target relative L2 error of a site's output, in (0, 1].
-        allocation: How sites share a density: ``uniform``, ``sensitivity``, ``equal_marginal`` or
-            ``equal_budget``; None is the best that was measured.
+        allocation: How sites share a density: ``uniform``, ``sensitivity``, ``searched``,
+            ``equal_marginal`` or ``equal_budget``; None is the best that was measured.
         curve_data: More held-out batches on which budgets are measured and nothing is trained, such
             as sequences longer than those in ``data``.
         checkpoint_dir: Where to keep checkpoints; an interrupted call goes on from the last one.
@@ -189,8 +189,9 @@ def set_budget(
         max_error: Largest relative L2 error of a site's output, in (0, 1].
         allocation: How sites share a density: ``uniform`` gives every site the same,
             ``sensitivity`` spends blocks where the model's output suffers most without them,
-            ``equal_marginal`` where captured mass rises fastest, ``equal_budget`` gives every site
-            the same budget of the selector; None is the best that was measured.
+            ``searched`` as a search with all sites sparse found best, ``equal_marginal`` where
+            captured mass rises fastest, ``equal_budget`` gives every site the same budget of the
+            selector; None is the best that was measured.
 
     Raises:
         SeerInputError: Not exactly one target is given, or it is out of range.

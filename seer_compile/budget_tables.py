@@ -10,6 +10,7 @@ from seer_compile.config import GateConfig
 from seer_compile.errors import ModelStateError
 from seer_compile.gate import BUDGET_LENGTHS
 from seer_compile.sensitivity import SensitivityCurve
+from seer_compile.shares import ShareTable
 
 
 def budget_tables(
@@ -20,6 +21,7 @@ def budget_tables(
     *,
     allocation: Allocation | None,
     sensitivities: Mapping[str, SensitivityCurve | None],
+    searched: Mapping[str, ShareTable | None] | None = None,
 ) -> dict[str, list[float]]:
     """Translate a target into budgets of the selector.
 
@@ -31,6 +33,7 @@ def budget_tables(
         allocation: How sites share an average density; see
             :func:`seer_compile.allocation.allocate`.
         sensitivities: What it costs the model when one site is sparse, by site.
+        searched: What a search over all sites found, by site.
 
     Returns:
         For each site whose budget moves, the budget at each of ``BUDGET_LENGTHS``. A site without
@@ -59,6 +62,7 @@ def budget_tables(
                 length=length,
                 allocation=allocation,
                 sensitivities=sensitivities,
+                tables=searched,
             )
         for name, curve in known.items():
             tables[name].append(curve.budget_at(length, target, shares.get(name, value)))

@@ -7,18 +7,19 @@ import re
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seer_compile.allocation import Allocation
-from seer_compile.budget_curve import BudgetCurve, check_fraction
+from seer_compile.budget_curve import check_fraction
 from seer_compile.budget_tables import budget_tables
 from seer_compile.config import GateConfig
 from seer_compile.config_json import config_from_json, config_to_json
 from seer_compile.errors import GateMismatchError, SeerInputError
 from seer_compile.gate import AttnGate
+from seer_compile.gate_entry import GateEntry
 from seer_compile.kernels.gated_attention import (
     MODE_AUTO,
     MODE_DENSE,
@@ -26,7 +27,6 @@ from seer_compile.kernels.gated_attention import (
     MODE_SPARSE,
 )
 from seer_compile.real_tensors import real_tensors
-from seer_compile.sensitivity import SensitivityCurve
 
 METADATA_VERSION = 1
 
@@ -202,14 +202,14 @@ class GateStore(nn.Module):
                 argument="allocation", got=allocation, expected=f"None: {target} is set per site"
             )
         with self._lock:
-            curves = {name: gate.curve for name, gate in self.items()}
             tables = budget_tables(
-                curves,
+                {name: gate.curve for name, gate in self.items()},
                 self.config,
                 target,
                 float(value),
                 allocation=allocation,
                 sensitivities={name: gate.sensitivity for name, gate in self.items()},
+                searched={name: gate.shares for name, gate in self.items()},
             )
             with torch.no_grad():
                 for name, table in tables.items():
@@ -232,20 +232,7 @@ class GateStore(nn.Module):
             "version": METADATA_VERSION,
             "config": config_to_json(self.config),
             "seed": self.seed,
-            "gates": [
-                {
-                    "name": name,
-                    "heads": gate.heads,
-                    "kv_heads": gate.kv_heads,
-                    "head_dim": gate.head_dim,
-                    "scale": gate.scale,
-                    "seed": gate.seed,
-                    "is_trained": gate.is_trained,
-                    "curve": _to_json(gate.curve),
-                    "sensitivity": _to_json(gate.sensitivity),
-                }
-                for name, gate in self.items()
-            ],
+            "gates": [GateEntry.of(name, gate).to_json() for name, gate in self.items()],
         }
 
     def rebuild(self, description: Mapping[str, Any], device: torch.device | str) -> None:
@@ -261,7 +248,7 @@ class GateStore(nn.Module):
                 raise ValueError(f"metadata version {description['version']}")
             config = config_from_json(description["config"])
             seed = int(description["seed"])
-            entries = [_Entry.parse(entry) for entry in description["gates"]]
+            entries = [GateEntry.parse(entry) for entry in description["gates"]]
             gates = [self._fitting(entry, config, device) for entry in entries]
         except (KeyError, TypeError, ValueError) as cause:
             raise GateMismatchError(f"the gates' metadata cannot be read: {cause}") from cause
@@ -274,12 +261,14 @@ class GateStore(nn.Module):
             self.gates.clear()
             for entry, gate in zip(entries, gates, strict=True):
                 gate.scale, gate.curve = entry.scale, entry.curve
-                gate.sensitivity = entry.sensitivity
+                gate.sensitivity, gate.shares = entry.sensitivity, entry.shares
                 gate.config, gate.is_trained = config, entry.is_trained
                 self._add(entry.name, gate)
             self.write_metadata()
 
-    def _fitting(self, entry: _Entry, config: GateConfig, device: torch.device | str) -> AttnGate:
+    def _fitting(
+        self, entry: GateEntry, config: GateConfig, device: torch.device | str
+    ) -> AttnGate:
         old = self.get(entry.name)
         if old is not None and _shape(old, old.config) == (*entry.sizes, *_form(config)):
             return old
@@ -325,32 +314,6 @@ class GateStore(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-class _Entry(NamedTuple):
-    """The metadata of one gate, parsed."""
-
-    name: str
-    sizes: tuple[int, int, int]
-    scale: float
-    seed: int
-    is_trained: bool
-    curve: BudgetCurve | None
-    sensitivity: SensitivityCurve | None
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> _Entry:
-        # Files written before sensitivities were measured have no such field.
-        curve, sensitivity = data["curve"], data.get("sensitivity")
-        return cls(
-            name=str(data["name"]),
-            sizes=(int(data["heads"]), int(data["kv_heads"]), int(data["head_dim"])),
-            scale=float(data["scale"]),
-            seed=int(data["seed"]),
-            is_trained=bool(data["is_trained"]),
-            curve=None if curve is None else BudgetCurve.from_json(curve),
-            sensitivity=None if sensitivity is None else SensitivityCurve.from_json(sensitivity),
-        )
-
-
 def _form(config: GateConfig) -> tuple[Any, ...]:
     """Return what a compiled graph or a weight's shape depends on: all but the default budget."""
     return (
@@ -362,10 +325,6 @@ def _form(config: GateConfig) -> tuple[Any, ...]:
         config.share_group,
         config.selector.name,
     )
-
-
-def _to_json(curve: BudgetCurve | SensitivityCurve | None) -> dict[str, Any] | None:
-    return None if curve is None else curve.to_json()
 
 
 def _auto_mode(gate: AttnGate) -> int:
