@@ -50,6 +50,7 @@ class Targets(NamedTuple):
     density: float | None = None
     mass: float | None = None
     max_error: float | None = None
+    latency: float | None = None
 
 
 def fit(
@@ -61,6 +62,7 @@ def fit(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
+    latency: float | None = None,
     allocation: Allocation | None = None,
     curve_data: Iterable[Any] = (),
     model: Mapping[str, Any] | None = None,
@@ -83,6 +85,7 @@ def fit(
         mass: Choose budgets that capture this share of the attention mass at every site; 0.95
             when no target is given.
         max_error: Choose budgets whose relative L2 error of a site's output stays within this.
+        latency: Choose budgets that take this share of dense attention's time, gates included.
         allocation: How sites share an average density; see
             :func:`seer_compile.allocation.allocate`.
         curve_data: More held-out batches, for the curves only: longer ones need no training.
@@ -99,10 +102,11 @@ def fit(
         NonFiniteLossError: A loss or gradient is NaN or infinite; before that step's update.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written.
-        NotConvergedError: No budget keeps the error of some site within ``max_error``.
+        NotConvergedError: No budget keeps the error of some site within ``max_error``, or no
+            density is fast enough.
     """
     config = config or CalibrationConfig()
-    targets = _checked_targets(density, mass, max_error)
+    targets = _checked_targets(Targets(density, mass, max_error, latency))
     stream = BatchStream(data, holdout=config.holdout_batches)
     with _unchanged_on_error(store):
         trainer = GateTrainer(store, config)
@@ -156,12 +160,11 @@ def fit(
         )
 
 
-def _checked_targets(density: float | None, mass: float | None, max_error: float | None) -> Targets:
-    targets = Targets(density, mass, max_error)
+def _checked_targets(targets: Targets) -> Targets:
     given = {name: value for name, value in targets._asdict().items() if value is not None}
     if len(given) > 1:
         raise SeerInputError(
-            argument="targets", got=given, expected="at most one of density, mass, max_error"
+            argument="targets", got=given, expected=f"at most one of {', '.join(Targets._fields)}"
         )
     for name, value in given.items():
         check_fraction(name, value)

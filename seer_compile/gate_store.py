@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
@@ -26,6 +27,7 @@ from seer_compile.kernels.gated_attention import (
     MODE_FULL_BUDGET,
     MODE_SPARSE,
 )
+from seer_compile.latency import relative_time
 from seer_compile.real_tensors import real_tensors
 
 METADATA_VERSION = 1
@@ -172,6 +174,7 @@ class GateStore(nn.Module):
         density: float | None = None,
         mass: float | None = None,
         max_error: float | None = None,
+        latency: float | None = None,
         allocation: Allocation | None = None,
     ) -> None:
         """Move every gate to a budget along its measured curve, in place, without a recompile.
@@ -180,6 +183,8 @@ class GateStore(nn.Module):
             density: Average share of visible blocks to keep, in (0, 1].
             mass: Share of the attention mass to capture at every site, in (0, 1].
             max_error: Largest relative L2 error of a site's output, in (0, 1].
+            latency: Share of dense attention's time that the sites may take, gates included, by
+                the prices of the device; see :mod:`seer_compile.kernels.cost_model`.
             allocation: How sites share an average density; None is the best that was measured,
                 see :func:`seer_compile.allocation.allocate`.
 
@@ -187,17 +192,16 @@ class GateStore(nn.Module):
             SeerInputError: Not exactly one target is given, or it is out of range.
             ModelStateError: No gate has a curve that translates the target, or sensitivities
                 are asked for that were not measured.
-            NotConvergedError: No budget keeps the error within ``max_error``.
+            NotConvergedError: No budget keeps the error within ``max_error``, or is fast enough.
         """
-        targets = {"density": density, "mass": mass, "max_error": max_error}
+        targets = {"density": density, "mass": mass, "max_error": max_error, "latency": latency}
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) != 1:
-            raise SeerInputError(
-                argument="targets", got=given, expected="exactly one of density, mass, max_error"
-            )
+            expected = "exactly one of density, mass, max_error, latency"
+            raise SeerInputError(argument="targets", got=given, expected=expected)
         ((target, value),) = given.items()
         check_fraction(target, value)
-        if allocation is not None and target != "density":
+        if allocation is not None and target not in ("density", "latency"):
             raise SeerInputError(
                 argument="allocation", got=allocation, expected=f"None: {target} is set per site"
             )
@@ -210,6 +214,7 @@ class GateStore(nn.Module):
                 allocation=allocation,
                 sensitivities={name: gate.sensitivity for name, gate in self.items()},
                 searched={name: gate.shares for name, gate in self.items()},
+                time_of=functools.partial(relative_time, dict(self.items())),
             )
             with torch.no_grad():
                 for name, table in tables.items():
