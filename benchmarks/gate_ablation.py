@@ -84,6 +84,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "tied_keys": Experiment(training={"tie_keys": True}),
     "shared_first_100": Experiment(training={"shared_steps": 100}),
     "statistics_start": Experiment(training={"start": "statistics"}),
+    "searched": Experiment(training={"search_evaluations": 40}),
     "zero_shot": Experiment(training={"steps": 0.0}),
     "zero_shot_statistics": Experiment(training={"steps": 0.0, "start": "statistics"}),
     "sub_block_4_gate_dim_32": Experiment(gate={"sub_block": 4, "gate_dim": 32}),

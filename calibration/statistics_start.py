@@ -1,10 +1,9 @@
-"""A gate from statistics of queries and keys, without training: a convex fit per head.
+"""A gate from statistics of queries and keys, without training: convex fits per head.
 
-Logits ``sum_d q[p, d] A[p, p', d] k[p', d]``, sums over channels of products of pooled values,
-contain mean pooling (``A`` is 1 for the two means and 0 otherwise) and, where extremes are pooled,
-bounds such as Quest's. Their divergence from the true map is convex in ``A``; a few Newton steps
-from mean pooling on a sample of rows find the best. The largest terms of each channel's ``A``
-become the gate's projections.
+Logits ``sum_d (sum_p a[p, d] q[p, d]) (sum_p b[p, d] k[p, d])`` compare pooled tokens channel by
+channel, each side by its own mixture of mean and extremes; mean pooling is one of them. Given
+either side their divergence from the true map is convex in the other: a few Newton steps in turn,
+from mean pooling on, over a sample of rows.
 
 Letters of shapes: see :mod:`seer_compile.types`. P and P' are the pools of queries and keys, R a
 choice of query sub-blocks, C a choice of key sub-blocks.
@@ -21,10 +20,12 @@ from torch import Tensor
 from seer_compile.calibration.targets import attention_mass, sample_rows
 from seer_compile.gate import AttnGate
 from seer_compile.gate_scores import HIDDEN_LOGIT, visible_units
-from seer_compile.types import SiteInputs
+from seer_compile.types import PoolKind, SiteInputs
 
-_ROWS, _COLUMNS, _STEPS = 128, 2048, 4
+_ROWS, _COLUMNS = 128, 2048
+_ROUNDS, _STEPS = 3, 3
 _HALVINGS = 4
+_TEMPERATURES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.12)
 # Of the mean curvature: how strongly the fit is held to mean pooling.
 _PRIOR = 1e-2
 _MAP_BYTES = 1 << 30
@@ -59,7 +60,7 @@ def fit_to_statistics(gate: AttnGate, inputs: SiteInputs, *, seed: str = "") -> 
         Whether any head was written.
 
     Cost:
-        One attention map at sub-block resolution, and per head four sums over 128 rows of
+        One attention map at sub-block resolution, and per head nine sums over 128 rows of
         ``C x (P' d)**2`` products.
     """
     unit = gate.config.sub_block
@@ -69,7 +70,7 @@ def fit_to_statistics(gate: AttnGate, inputs: SiteInputs, *, seed: str = "") -> 
     changed = False
     with torch.no_grad():
         for head, sample in _samples(gate, inputs, seed):
-            found = _weights(gate, _fit(sample, _means(gate, sample.query)), sample)
+            found = _weights(gate, *_fit_in_turn(gate, sample), sample)
             before = (gate.query_weight[head], gate.key_weight[head])
             if _loss_of(found, sample) < _loss_of(before, sample):
                 gate.query_weight[head], gate.key_weight[head] = found
@@ -122,16 +123,27 @@ def _choice(total: int, wanted: int, key: str, device: torch.device) -> Tensor:
     return torch.arange(total, device=device) if chosen is None else chosen
 
 
-def _means(gate: AttnGate, like: Tensor) -> Tensor:
-    """Return ``Float32[P P' d]`` of mean pooling; extremes count evenly where there is no mean."""
-    sides = [
-        torch.tensor(
-            [float(kind == "mean") if "mean" in kinds else 1 / len(kinds) for kind in kinds],
-            device=like.device,
-        )
-        for kinds in (gate.config.query_pools, gate.config.key_pools)
-    ]
-    return torch.outer(*sides)[..., None].expand(-1, -1, gate.head_dim).contiguous()
+def _means(kinds: tuple[PoolKind, ...], sample: _Sample) -> Tensor:
+    """Return ``Float32[P d]`` of mean pooling; extremes count evenly where there is no mean."""
+    shares = [float(kind == "mean") if "mean" in kinds else 1 / len(kinds) for kind in kinds]
+    return torch.tensor(shares, device=sample.key.device)[:, None].repeat(1, sample.key.shape[-1])
+
+
+def _fit_in_turn(gate: AttnGate, sample: _Sample) -> tuple[Tensor, Tensor]:
+    """Return how the sides mix their pools: ``Float32[P d]`` and ``Float32[P' d]``."""
+    left, right = (
+        _means(kinds, sample) for kinds in (gate.config.query_pools, gate.config.key_pools)
+    )
+    # Means of sharp attention are too sure of themselves, and flat far from the truth.
+    starts = [left * factor for factor in _TEMPERATURES]
+    form = right[None]
+    left = min(starts, key=lambda start: _loss(start[:, None] * form, sample))
+    for _ in range(_ROUNDS):
+        keys = (sample.key * right).sum(1, keepdim=True)
+        left = _fit(sample._replace(key=keys), left[:, None])[:, 0]
+        queries = (sample.query * left).sum(1, keepdim=True)
+        right = _fit(sample._replace(query=queries), right[None])[0]
+    return left, right
 
 
 def _fit(sample: _Sample, start: Tensor) -> Tensor:
@@ -142,7 +154,11 @@ def _fit(sample: _Sample, start: Tensor) -> Tensor:
         prior = _PRIOR * curvature.diagonal().mean()
         gradient = gradient + prior * (best - start).flatten()
         curvature.diagonal().add_(prior)
-        step = torch.linalg.solve(curvature, gradient).view_as(best)
+        # Where shares are all 0 or 1 there is no curvature to go by.
+        step, failed = torch.linalg.solve_ex(curvature, gradient)
+        if int(failed) or not bool(step.isfinite().all()):
+            return best
+        step = step.view_as(best)
         for halving in range(_HALVINGS):
             candidate = best - step / 2**halving
             reached = _loss(candidate, sample)
@@ -196,25 +212,17 @@ def _loss_of(weights: tuple[Tensor, Tensor], sample: _Sample) -> float:
     return float(-(sample.target * shares).sum(-1).mean())
 
 
-def _weights(gate: AttnGate, form: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
-    """Return ``Float32[Pq*d e]`` and ``Float32[Pk*d e]``: the largest terms of the form.
+def _weights(gate: AttnGate, left: Tensor, right: Tensor, sample: _Sample) -> tuple[Tensor, Tensor]:
+    """Return ``Float32[P*d e]`` and ``Float32[P'*d e]``, a gate channel for each head channel.
 
-    A channel's ``P x P'`` table is a sum of products of two vectors; those count most whose
-    products vary most over the sample.
+    Where the gate has fewer, those stay whose products vary most over the sample.
     """
-    left, sizes, right = torch.linalg.svd(form.permute(2, 0, 1), full_matrices=False)
-    left, right = left * sizes.sqrt()[:, None], (right * sizes.sqrt()[..., None]).mT
-    spread = [
-        torch.einsum("xpd,dpt->xdt", tokens, side).std(0)
-        for tokens, side in ((sample.query, left), (sample.key, right))
-    ]
-    terms = (spread[0] * spread[1]).flatten()
-    chosen = terms.topk(min(gate.config.gate_dim, len(terms))).indices
-    channels, places = chosen // sizes.shape[1], chosen % sizes.shape[1]
+    spread = (sample.query * left).sum(1).std(0) * (sample.key * right).sum(1).std(0)
+    channels = spread.topk(min(gate.config.gate_dim, len(spread))).indices
+    slots = torch.arange(len(channels), device=left.device)
     weights = []
     for side in (left, right):
-        weight = form.new_zeros(side.shape[1], gate.head_dim, gate.config.gate_dim)
-        slots = torch.arange(len(chosen), device=form.device)
-        weight[:, channels, slots] = side[channels, :, places].T
+        weight = side.new_zeros(*side.shape, gate.config.gate_dim)
+        weight[:, channels, slots] = side[:, channels]
         weights.append(weight.flatten(0, 1))
     return weights[0], weights[1]

@@ -27,6 +27,7 @@ from seer_compile.calibration.budget import tabulate
 from seer_compile.calibration.interruption import Interruption
 from seer_compile.calibration.record import BatchStream, Run, dense_answer, gate_of
 from seer_compile.calibration.report import CalibrationReport, build_report
+from seer_compile.calibration.search import search_shares
 from seer_compile.calibration.sensitivity import measure_sensitivity
 from seer_compile.calibration.site_trainer import GateTrainer, no_site
 from seer_compile.config import CalibrationConfig
@@ -49,6 +50,7 @@ class Targets(NamedTuple):
     density: float | None = None
     mass: float | None = None
     max_error: float | None = None
+    latency: float | None = None
 
 
 def fit(
@@ -60,6 +62,7 @@ def fit(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
+    latency: float | None = None,
     allocation: Allocation | None = None,
     curve_data: Iterable[Any] = (),
     model: Mapping[str, Any] | None = None,
@@ -82,6 +85,7 @@ def fit(
         mass: Choose budgets that capture this share of the attention mass at every site; 0.95
             when no target is given.
         max_error: Choose budgets whose relative L2 error of a site's output stays within this.
+        latency: Choose budgets that take this share of dense attention's time, gates included.
         allocation: How sites share an average density; see
             :func:`seer_compile.allocation.allocate`.
         curve_data: More held-out batches, for the curves only: longer ones need no training.
@@ -98,10 +102,11 @@ def fit(
         NonFiniteLossError: A loss or gradient is NaN or infinite; before that step's update.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written.
-        NotConvergedError: No budget keeps the error of some site within ``max_error``.
+        NotConvergedError: No budget keeps the error of some site within ``max_error``, or no
+            density is fast enough.
     """
     config = config or CalibrationConfig()
-    targets = _checked_targets(density, mass, max_error)
+    targets = _checked_targets(Targets(density, mass, max_error, latency))
     stream = BatchStream(data, holdout=config.holdout_batches)
     with _unchanged_on_error(store):
         trainer = GateTrainer(store, config)
@@ -130,6 +135,15 @@ def fit(
             gate = trainer.gate(name)
             gate.is_trained, gate.curve = True, table.gate
             gate.sensitivity = sensitivities.get(name)
+        searched = search_shares(
+            run,
+            store,
+            (*longer, *stream.holdout),
+            evaluations=config.search_evaluations,
+            progress=progress,
+        )
+        for name in tables:
+            trainer.gate(name).shares = searched.get(name)
         store.set_budget(**targets._asdict(), allocation=allocation)
         store.set_mode(True)
         return build_report(
@@ -139,17 +153,18 @@ def fit(
             config=dataclasses.asdict(config),
             target={name: value for name, value in targets._asdict().items() if value is not None},
             allocation=choose_allocation(
-                allocation, {name: sensitivities.get(name) for name in tables}
+                allocation,
+                {name: sensitivities.get(name) for name in tables},
+                {name: searched.get(name) for name in tables},
             ),
         )
 
 
-def _checked_targets(density: float | None, mass: float | None, max_error: float | None) -> Targets:
-    targets = Targets(density, mass, max_error)
+def _checked_targets(targets: Targets) -> Targets:
     given = {name: value for name, value in targets._asdict().items() if value is not None}
     if len(given) > 1:
         raise SeerInputError(
-            argument="targets", got=given, expected="at most one of density, mass, max_error"
+            argument="targets", got=given, expected=f"at most one of {', '.join(Targets._fields)}"
         )
     for name, value in given.items():
         check_fraction(name, value)
@@ -169,7 +184,7 @@ class _Session:
         self.trainer, self.stream, self.directory = trainer, stream, directory
         training = dataclasses.asdict(trainer.config)
         # How often to save, and what is measured afterwards, changes nothing of the weights.
-        for name in ("checkpoint_every", "sensitivity_batches"):
+        for name in ("checkpoint_every", "sensitivity_batches", "search_evaluations"):
             del training[name]
         self.identity = {
             "training": training,
@@ -325,6 +340,7 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
             {key: value.clone() for key, value in gate.state_dict().items()},
             gate.curve,
             gate.sensitivity,
+            gate.shares,
             gate.is_trained,
         )
         for name, gate in store.items()
@@ -336,7 +352,7 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
             if name not in before:
                 gate.reset()
                 continue
-            state, gate.curve, gate.sensitivity, gate.is_trained = before[name]
+            state, gate.curve, gate.sensitivity, gate.shares, gate.is_trained = before[name]
             gate.load_state_dict(state)
         store.write_metadata()
         raise

@@ -162,13 +162,13 @@ def digits() -> tuple[Tensor, Tensor]:
     return torch.tensor(found.images).float() / 16, torch.tensor(found.target).long()
 
 
-def square_order(across: int) -> Tensor:
+def square_order(across: int, device: torch.device | None = None) -> Tensor:
     """Return ``Int64[across**2]``: patches in Z-order, so that 64 neighbours fill a square.
 
     Row by row, 64 patches would be a line through the whole picture, and nothing that is near in
     the picture would be near in a block.
     """
-    place = torch.arange(across * across)
+    place = torch.arange(across * across, device=device)
     row, column = torch.zeros_like(place), torch.zeros_like(place)
     for bit in range(across.bit_length()):
         column |= (place >> (2 * bit) & 1) << bit
@@ -200,8 +200,6 @@ class Layer(nn.Module):
 class VisionModel(nn.Module):
     """A vision transformer behind four convolutions, for pictures of up to ``side`` pixels."""
 
-    order: Tensor
-
     def __init__(self, *, side: int, width: int, layers: int, heads: int) -> None:
         super().__init__()
         channels = (3, width // 4, width // 2, width)
@@ -222,7 +220,7 @@ class VisionModel(nn.Module):
         rows = self.rows[:across, None].expand(-1, across, -1)
         columns = self.columns[None, :across].expand(across, -1, -1)
         tokens = (grid.permute(0, 2, 3, 1) + torch.cat([rows, columns], -1)).flatten(1, 2)
-        order = square_order(across).to(tokens.device)
+        order = square_order(across, tokens.device)
         tokens = tokens[:, order]
         for layer in self.layers:
             tokens = layer(tokens)

@@ -11,8 +11,9 @@ import numpy as np
 from seer_compile.budget_curve import BudgetCurve, check_fraction
 from seer_compile.errors import ModelStateError, RangeError
 from seer_compile.sensitivity import SensitivityCurve
+from seer_compile.shares import ShareTable
 
-Allocation = Literal["uniform", "sensitivity", "equal_marginal", "equal_budget"]
+Allocation = Literal["uniform", "sensitivity", "searched", "equal_marginal", "equal_budget"]
 ALLOCATIONS: tuple[Allocation, ...] = get_args(Allocation)
 
 # Divergence falls over orders of magnitude between the smallest density and 1.
@@ -27,12 +28,14 @@ def allocate(
     length: float,
     allocation: Allocation | None = None,
     sensitivities: Mapping[str, SensitivityCurve | None] | None = None,
+    tables: Mapping[str, ShareTable | None] | None = None,
 ) -> dict[str, float]:
     """Share an average density between sites.
 
     ``uniform`` gives every site the same density. ``sensitivity`` spends the blocks where the
     output of the model suffers most without them: it minimises the sum of the divergences that
-    the sites cause one at a time. ``equal_marginal`` spends them where the measured captured mass
+    the sites cause one at a time. ``searched`` gives what a search with all sites sparse at once
+    found best. ``equal_marginal`` spends them where the measured captured mass
     rises fastest. ``equal_budget`` gives every site the same budget of the selector. No exchange
     of blocks between two sites would improve the sum of ``sensitivity`` or ``equal_marginal``.
 
@@ -40,20 +43,25 @@ def allocate(
         curves: Measured curve of each site.
         density: Mean over sites of kept blocks / visible blocks, in (0, 1].
         length: Key tokens.
-        allocation: How to share; None is ``sensitivity`` where it was measured for every site,
-            and ``uniform`` otherwise.
+        allocation: How to share; None is ``searched`` where a search was made, ``sensitivity``
+            where it was measured for every site, and ``uniform`` otherwise.
         sensitivities: Measured sensitivity of each site.
+        tables: What a search found for each site.
 
     Returns:
         Density of each site.
 
     Raises:
         RangeError: The density is not in (0, 1], or the allocation is unknown.
-        ModelStateError: Sensitivities are asked for and were not measured.
+        ModelStateError: Sensitivities or searched shares are asked for and are not there.
     """
     check_fraction("density", density)
     known = {name: (sensitivities or {}).get(name) for name in curves}
-    allocation = choose_allocation(allocation, known)
+    searched = {name: (tables or {}).get(name) for name in curves}
+    allocation = choose_allocation(allocation, known, searched)
+    if allocation == "searched":
+        found = {name: table.at(length, density) for name, table in searched.items() if table}
+        return with_mean(found, density, least=least_densities(curves, length))
     if allocation == "uniform":
         return dict.fromkeys(curves, density)
     if allocation == "equal_budget":
@@ -67,14 +75,24 @@ def allocate(
 
 
 def choose_allocation(
-    allocation: Allocation | None, sensitivities: Mapping[str, SensitivityCurve | None]
+    allocation: Allocation | None,
+    sensitivities: Mapping[str, SensitivityCurve | None],
+    tables: Mapping[str, ShareTable | None] | None = None,
 ) -> Allocation:
     """Return the allocation that is meant, given what was measured at each site.
 
     Raises:
         RangeError: The allocation is unknown.
-        ModelStateError: Sensitivities are asked for and were not measured at some site.
+        ModelStateError: Sensitivities or searched shares are asked for and absent at some site.
     """
+    is_searched = bool(tables) and all(table is not None for table in tables.values())
+    if allocation == "searched" and not is_searched:
+        raise ModelStateError(
+            "no search was made over all sites",
+            hint="Calibrate with CalibrationConfig(search_evaluations=40) or so.",
+        )
+    if allocation is None and is_searched:
+        return "searched"
     absent = sorted(name for name, curve in sensitivities.items() if curve is None)
     if allocation is None:
         return "uniform" if absent else "sensitivity"
@@ -87,6 +105,46 @@ def choose_allocation(
             context={"sites without": len(absent)},
         )
     return allocation
+
+
+def least_densities(curves: Mapping[str, BudgetCurve], length: float) -> dict[str, float]:
+    """Return the density of each site at its smallest measured budget."""
+    return {name: float(curve.row("densities", length).min()) for name, curve in curves.items()}
+
+
+def with_mean(
+    shares: Mapping[str, float],
+    density: float,
+    *,
+    least: Mapping[str, float] | None = None,
+    fixed: str | None = None,
+) -> dict[str, float]:
+    """Scale shares by one factor such that their mean is a density, as far as bounds allow.
+
+    Args:
+        shares: Density of each site, above 0.
+        density: The mean, in (0, 1].
+        least: Smallest density of each site: what every selection keeps.
+        fixed: A site that is not scaled, where the others can make up for it.
+    """
+    floors = least or {}
+    total = density * len(shares)
+
+    def scaled(factor: float) -> dict[str, float]:
+        return {
+            name: min(1.0, max(floors.get(name, 0.0), share * (1.0 if name == fixed else factor)))
+            for name, share in shares.items()
+        }
+
+    low, high = -40.0, 40.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        is_short = sum(scaled(2**middle).values()) < total
+        low, high = (middle, high) if is_short else (low, middle)
+    found = scaled(2**high)
+    if fixed is None or abs(sum(found.values()) - total) < 1e-6:
+        return found
+    return with_mean(found, density, least=least)
 
 
 def _spend(losses: Mapping[str, _Points], density: float) -> dict[str, float]:

@@ -110,6 +110,7 @@ def calibrate(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
+    latency: float | None = None,
     allocation: Allocation | None = None,
     curve_data: Iterable[Any] = (),
     checkpoint_dir: str | os.PathLike[str] | None = None,
@@ -128,8 +129,9 @@ def calibrate(
         mass: Target share of the attention mass to capture at every site, in (0, 1]; 0.95 when no
             target is given.
         max_error: Target relative L2 error of a site's output, in (0, 1].
-        allocation: How sites share a density: ``uniform``, ``sensitivity``, ``equal_marginal`` or
-            ``equal_budget``; None is the best that was measured.
+        latency: Target share of dense attention's time, in (0, 1]; see :func:`set_budget`.
+        allocation: How sites share a density: ``uniform``, ``sensitivity``, ``searched``,
+            ``equal_marginal`` or ``equal_budget``; None is the best that was measured.
         curve_data: More held-out batches on which budgets are measured and nothing is trained, such
             as sequences longer than those in ``data``.
         checkpoint_dir: Where to keep checkpoints; an interrupted call goes on from the last one.
@@ -162,6 +164,7 @@ def calibrate(
             density=density,
             mass=mass,
             max_error=max_error,
+            latency=latency,
             allocation=allocation,
             curve_data=curve_data,
             model=storage.fingerprint(base),
@@ -178,6 +181,7 @@ def set_budget(
     density: float | None = None,
     mass: float | None = None,
     max_error: float | None = None,
+    latency: float | None = None,
     allocation: Allocation | None = None,
 ) -> None:
     """Set how much attention to keep: a knob for run time, without recompiling or retraining.
@@ -187,10 +191,13 @@ def set_budget(
         density: Average share of the visible blocks to keep, in (0, 1].
         mass: Share of the attention mass to capture at every site, in (0, 1].
         max_error: Largest relative L2 error of a site's output, in (0, 1].
+        latency: Share of dense attention's time that the sites may take at each length, gates
+            included, in (0, 1], by the measured prices of the model's device.
         allocation: How sites share a density: ``uniform`` gives every site the same,
             ``sensitivity`` spends blocks where the model's output suffers most without them,
-            ``equal_marginal`` where captured mass rises fastest, ``equal_budget`` gives every site
-            the same budget of the selector; None is the best that was measured.
+            ``searched`` as a search with all sites sparse found best, ``equal_marginal`` where
+            captured mass rises fastest, ``equal_budget`` gives every site the same budget of the
+            selector; None is the best that was measured.
 
     Raises:
         SeerInputError: Not exactly one target is given, or it is out of range.
@@ -199,7 +206,9 @@ def set_budget(
     from seer_compile.exporting import exported_store
 
     store = exported_store(model) or require_session(model).store
-    store.set_budget(density=density, mass=mass, max_error=max_error, allocation=allocation)
+    store.set_budget(
+        density=density, mass=mass, max_error=max_error, latency=latency, allocation=allocation
+    )
 
 
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 from seer_compile.allocation import Allocation, allocate
 from seer_compile.budget_curve import BudgetCurve, check_reachable
 from seer_compile.config import GateConfig
 from seer_compile.errors import ModelStateError
 from seer_compile.gate import BUDGET_LENGTHS
+from seer_compile.latency import density_for_time
 from seer_compile.sensitivity import SensitivityCurve
+from seer_compile.shares import ShareTable
 
 
 def budget_tables(
@@ -20,17 +23,21 @@ def budget_tables(
     *,
     allocation: Allocation | None,
     sensitivities: Mapping[str, SensitivityCurve | None],
+    searched: Mapping[str, ShareTable | None] | None = None,
+    time_of: Callable[[Mapping[str, float], int], float] | None = None,
 ) -> dict[str, list[float]]:
     """Translate a target into budgets of the selector.
 
     Args:
         curves: What budgets were measured to buy, by site; None where nothing was measured.
         config: The gates' selector.
-        target: ``density``, ``mass`` or ``max_error``.
+        target: ``density``, ``mass``, ``max_error`` or ``latency``.
         value: Of the target, in (0, 1].
         allocation: How sites share an average density; see
             :func:`seer_compile.allocation.allocate`.
         sensitivities: What it costs the model when one site is sparse, by site.
+        searched: What a search over all sites found, by site.
+        time_of: Relative time of all sites, given their densities and a length; for ``latency``.
 
     Returns:
         For each site whose budget moves, the budget at each of ``BUDGET_LENGTHS``. A site without
@@ -39,7 +46,7 @@ def budget_tables(
     Raises:
         ModelStateError: No gate has a curve, and the target is not the selector's own unit; or
             the allocation needs sensitivities that were not measured.
-        NotConvergedError: No budget keeps the error within ``max_error``.
+        NotConvergedError: No budget keeps the error within ``max_error``, or is fast enough.
     """
     known = {name: curve for name, curve in curves.items() if curve is not None}
     if not known:
@@ -49,20 +56,44 @@ def budget_tables(
         }
     if target == "max_error":
         check_reachable(known, value)
+    longest = max(length for curve in known.values() for length in curve.lengths)
+
+    def shared(density: float, length: int) -> dict[str, float]:
+        return allocate(
+            known,
+            density,
+            length=length,
+            allocation=allocation,
+            sensitivities=sensitivities,
+            tables=searched,
+        )
+
     tables: dict[str, list[float]] = {name: [] for name in known}
     for length in BUDGET_LENGTHS:
         shares: Mapping[str, float] = {}
         if target == "density":
-            shares = allocate(
-                known,
+            shares = shared(value, length)
+        elif target == "latency" and time_of is not None:
+            density = density_for_time(
                 value,
+                functools.partial(_time_at, shared, time_of, length),
+                must_reach=length >= longest,
                 length=length,
-                allocation=allocation,
-                sensitivities=sensitivities,
             )
+            shares = shared(density, length)
+        unit = "density" if shares else target
         for name, curve in known.items():
-            tables[name].append(curve.budget_at(length, target, shares.get(name, value)))
+            tables[name].append(curve.budget_at(length, unit, shares.get(name, value)))
     return tables
+
+
+def _time_at(
+    shared: Callable[[float, int], Mapping[str, float]],
+    time_of: Callable[[Mapping[str, float], int], float],
+    length: int,
+    density: float,
+) -> float:
+    return time_of(shared(density, length), length)
 
 
 def _in_own_unit(target: str, value: float, config: GateConfig, name: str) -> float:

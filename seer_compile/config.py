@@ -197,6 +197,9 @@ class CalibrationConfig:
     sensitivity_batches: int = 1
     """Held-out batches per length on which it is measured what the sparsity of each site costs the
     model's output: at most ten forwards per site and batch. 0 measures nothing."""
+    search_evaluations: int = 0
+    """Forwards, per length and density, of a search for how sites share a density when all are
+    sparse at once. 0 searches nothing; 40 are enough for ten sites."""
     seed: int = 0
     checkpoint_every: int = 50
 
@@ -205,7 +208,7 @@ class CalibrationConfig:
         for name, known in (("start", STARTS), ("schedule", SCHEDULES), ("target", TARGETS)):
             value = getattr(self, name)
             _check(value in known, name, value, f"one of {known}")
-        for name in ("shared_steps", "far_rows"):
+        for name in ("shared_steps", "far_rows", "search_evaluations"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), ">= 0")
         _check(0 <= self.average < 1, "average", self.average, "in [0, 1)")
         for name in ("rows_per_step", "checkpoint_every", "holdout_batches"):

@@ -19,6 +19,7 @@ from seer_compile.errors import HeadConfigError, RangeError, ShapeError
 from seer_compile.gate_scores import block_log_mass, visible_units
 from seer_compile.kernels.gated_attention import budget_at
 from seer_compile.sensitivity import SensitivityCurve
+from seer_compile.shares import ShareTable
 from seer_compile.types import BlockSelection, PoolKind, SiteInputs, Visibility
 
 BUDGET_LENGTHS: tuple[int, ...] = tuple(2**power for power in range(7, 21))
@@ -91,6 +92,7 @@ class AttnGate(nn.Module):
         self.seed = seed
         self.curve: BudgetCurve | None = None
         self.sensitivity: SensitivityCurve | None = None
+        self.shares: ShareTable | None = None
         self.is_trained = False
         weights = self._initial_weights()
         self.query_weight, self.key_weight = (
@@ -139,7 +141,7 @@ class AttnGate(nn.Module):
             for parameter, value in zip(self.parameters(), self._initial_weights(), strict=True):
                 parameter.copy_(value)
             self.budget.fill_(self.config.selector.budget)
-        self.curve, self.sensitivity, self.is_trained = None, None, False
+        self.curve, self.sensitivity, self.shares, self.is_trained = None, None, None, False
 
     def features(
         self, query: Tensor, key: Tensor, key_padding: Tensor | None = None

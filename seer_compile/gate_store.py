@@ -2,31 +2,33 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import threading
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from seer_compile.allocation import Allocation
-from seer_compile.budget_curve import BudgetCurve, check_fraction
+from seer_compile.budget_curve import check_fraction
 from seer_compile.budget_tables import budget_tables
 from seer_compile.config import GateConfig
 from seer_compile.config_json import config_from_json, config_to_json
 from seer_compile.errors import GateMismatchError, SeerInputError
 from seer_compile.gate import AttnGate
+from seer_compile.gate_entry import GateEntry
 from seer_compile.kernels.gated_attention import (
     MODE_AUTO,
     MODE_DENSE,
     MODE_FULL_BUDGET,
     MODE_SPARSE,
 )
+from seer_compile.latency import relative_time
 from seer_compile.real_tensors import real_tensors
-from seer_compile.sensitivity import SensitivityCurve
 
 METADATA_VERSION = 1
 
@@ -172,6 +174,7 @@ class GateStore(nn.Module):
         density: float | None = None,
         mass: float | None = None,
         max_error: float | None = None,
+        latency: float | None = None,
         allocation: Allocation | None = None,
     ) -> None:
         """Move every gate to a budget along its measured curve, in place, without a recompile.
@@ -180,6 +183,8 @@ class GateStore(nn.Module):
             density: Average share of visible blocks to keep, in (0, 1].
             mass: Share of the attention mass to capture at every site, in (0, 1].
             max_error: Largest relative L2 error of a site's output, in (0, 1].
+            latency: Share of dense attention's time that the sites may take, gates included, by
+                the prices of the device; see :mod:`seer_compile.kernels.cost_model`.
             allocation: How sites share an average density; None is the best that was measured,
                 see :func:`seer_compile.allocation.allocate`.
 
@@ -187,29 +192,29 @@ class GateStore(nn.Module):
             SeerInputError: Not exactly one target is given, or it is out of range.
             ModelStateError: No gate has a curve that translates the target, or sensitivities
                 are asked for that were not measured.
-            NotConvergedError: No budget keeps the error within ``max_error``.
+            NotConvergedError: No budget keeps the error within ``max_error``, or is fast enough.
         """
-        targets = {"density": density, "mass": mass, "max_error": max_error}
+        targets = {"density": density, "mass": mass, "max_error": max_error, "latency": latency}
         given = {name: value for name, value in targets.items() if value is not None}
         if len(given) != 1:
-            raise SeerInputError(
-                argument="targets", got=given, expected="exactly one of density, mass, max_error"
-            )
+            expected = "exactly one of density, mass, max_error, latency"
+            raise SeerInputError(argument="targets", got=given, expected=expected)
         ((target, value),) = given.items()
         check_fraction(target, value)
-        if allocation is not None and target != "density":
+        if allocation is not None and target not in ("density", "latency"):
             raise SeerInputError(
                 argument="allocation", got=allocation, expected=f"None: {target} is set per site"
             )
         with self._lock:
-            curves = {name: gate.curve for name, gate in self.items()}
             tables = budget_tables(
-                curves,
+                {name: gate.curve for name, gate in self.items()},
                 self.config,
                 target,
                 float(value),
                 allocation=allocation,
                 sensitivities={name: gate.sensitivity for name, gate in self.items()},
+                searched={name: gate.shares for name, gate in self.items()},
+                time_of=functools.partial(relative_time, dict(self.items())),
             )
             with torch.no_grad():
                 for name, table in tables.items():
@@ -232,20 +237,7 @@ class GateStore(nn.Module):
             "version": METADATA_VERSION,
             "config": config_to_json(self.config),
             "seed": self.seed,
-            "gates": [
-                {
-                    "name": name,
-                    "heads": gate.heads,
-                    "kv_heads": gate.kv_heads,
-                    "head_dim": gate.head_dim,
-                    "scale": gate.scale,
-                    "seed": gate.seed,
-                    "is_trained": gate.is_trained,
-                    "curve": _to_json(gate.curve),
-                    "sensitivity": _to_json(gate.sensitivity),
-                }
-                for name, gate in self.items()
-            ],
+            "gates": [GateEntry.of(name, gate).to_json() for name, gate in self.items()],
         }
 
     def rebuild(self, description: Mapping[str, Any], device: torch.device | str) -> None:
@@ -261,7 +253,7 @@ class GateStore(nn.Module):
                 raise ValueError(f"metadata version {description['version']}")
             config = config_from_json(description["config"])
             seed = int(description["seed"])
-            entries = [_Entry.parse(entry) for entry in description["gates"]]
+            entries = [GateEntry.parse(entry) for entry in description["gates"]]
             gates = [self._fitting(entry, config, device) for entry in entries]
         except (KeyError, TypeError, ValueError) as cause:
             raise GateMismatchError(f"the gates' metadata cannot be read: {cause}") from cause
@@ -274,12 +266,14 @@ class GateStore(nn.Module):
             self.gates.clear()
             for entry, gate in zip(entries, gates, strict=True):
                 gate.scale, gate.curve = entry.scale, entry.curve
-                gate.sensitivity = entry.sensitivity
+                gate.sensitivity, gate.shares = entry.sensitivity, entry.shares
                 gate.config, gate.is_trained = config, entry.is_trained
                 self._add(entry.name, gate)
             self.write_metadata()
 
-    def _fitting(self, entry: _Entry, config: GateConfig, device: torch.device | str) -> AttnGate:
+    def _fitting(
+        self, entry: GateEntry, config: GateConfig, device: torch.device | str
+    ) -> AttnGate:
         old = self.get(entry.name)
         if old is not None and _shape(old, old.config) == (*entry.sizes, *_form(config)):
             return old
@@ -325,32 +319,6 @@ class GateStore(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-class _Entry(NamedTuple):
-    """The metadata of one gate, parsed."""
-
-    name: str
-    sizes: tuple[int, int, int]
-    scale: float
-    seed: int
-    is_trained: bool
-    curve: BudgetCurve | None
-    sensitivity: SensitivityCurve | None
-
-    @classmethod
-    def parse(cls, data: Mapping[str, Any]) -> _Entry:
-        # Files written before sensitivities were measured have no such field.
-        curve, sensitivity = data["curve"], data.get("sensitivity")
-        return cls(
-            name=str(data["name"]),
-            sizes=(int(data["heads"]), int(data["kv_heads"]), int(data["head_dim"])),
-            scale=float(data["scale"]),
-            seed=int(data["seed"]),
-            is_trained=bool(data["is_trained"]),
-            curve=None if curve is None else BudgetCurve.from_json(curve),
-            sensitivity=None if sensitivity is None else SensitivityCurve.from_json(sensitivity),
-        )
-
-
 def _form(config: GateConfig) -> tuple[Any, ...]:
     """Return what a compiled graph or a weight's shape depends on: all but the default budget."""
     return (
@@ -362,10 +330,6 @@ def _form(config: GateConfig) -> tuple[Any, ...]:
         config.share_group,
         config.selector.name,
     )
-
-
-def _to_json(curve: BudgetCurve | SensitivityCurve | None) -> dict[str, Any] | None:
-    return None if curve is None else curve.to_json()
 
 
 def _auto_mode(gate: AttnGate) -> int:
