@@ -271,6 +271,31 @@ def check_pool(inputs: dict[str, Any]) -> None:
     _check_bits((actual,), run_pool(inputs), ("pooled",), "poison")
 
 
+def run_features(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Return the pooled and projected tokens from the kernel."""
+    from seer_compile.kernels.triton import pool_features
+
+    profile = inputs["profile"]
+    arguments = (inputs["tokens"], inputs["weight"], profile["size"], profile["kinds"])
+    return (pool_features.launch(*arguments, inputs["padding"]),)
+
+
+def check_features(inputs: dict[str, Any]) -> None:
+    """Judge numbers, poison and repetition; eager pools, rounds the weights and multiplies."""
+    (actual,) = run_features(inputs)
+    tokens, weight, padding = inputs["tokens"], inputs["weight"], inputs["padding"]
+    rest = (inputs["profile"]["size"], inputs["profile"]["kinds"], padding)
+    exact = reference.pool_features(tokens.double(), weight.double(), *rest)
+    eager = reference.pool_features(tokens, weight.to(tokens.dtype), *rest)
+    assert actual.shape == exact.shape
+    assert actual.dtype is tokens.dtype
+    assert_no_worse_than_eager(actual, eager, exact, name="features")
+    _check_bits((actual,), run_features(inputs), ("features",), "second run")
+    if padding is not None:
+        tokens.masked_fill_(~padding[:, None, :, None], float("nan"))
+        _check_bits((actual,), run_features(inputs), ("features",), "poison")
+
+
 def run_select(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """Return indices and counts from the kernel."""
     from seer_compile.kernels.triton import select_blocks

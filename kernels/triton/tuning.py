@@ -215,3 +215,28 @@ def mass_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> Map
     columns, stages = (64, 3) if dim <= 128 else (128, 2)
     columns, stages = _fit(2 * 128 * dim, 2 * dim, columns, stages, limit)
     return MapTiling(128, columns, 8, stages)
+
+
+class PoolTiling(NamedTuple):
+    """How pooling with projection is cut into tiles."""
+
+    rows: int
+    """Sub-blocks."""
+    dims: int
+    """Channels of the tokens that are pooled before they are multiplied."""
+    unroll: int
+    """Tokens of a sub-block that are asked for before the first is used."""
+    features: int
+    """Columns of a product: whole query heads; tokens are read once per so many features."""
+    warps: int
+
+
+def pool_tiling(num_sub_blocks: int) -> PoolTiling:
+    """Return the tiling for a number of sub-blocks. Predicted, not measured yet.
+
+    Two programs of 128 registers per thread share a multiprocessor, so that one reads while the
+    other multiplies; a program asks for 32 KiB at a time.
+    """
+    if num_sub_blocks <= 16:
+        return PoolTiling(16, 64, 4, 128, 4)
+    return PoolTiling(64, 32, 8, 128, 8)

@@ -19,11 +19,11 @@ patch_interpreter()
 # NumPy warns where a kernel multiplies by the NaN that a test put there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-from kernels_cases import BF16, PROFILES, Draw, map_inputs, pool_inputs
-from kernels_checks import check_map, check_pool
+from kernels_cases import BF16, PROFILES, Draw, features_inputs, map_inputs, pool_inputs
+from kernels_checks import check_features, check_map, check_pool
 
-from seer_compile.errors import RangeError
-from seer_compile.kernels.triton import attention_mass, block_scores, pool_blocks
+from seer_compile.errors import DtypeError, RangeError
+from seer_compile.kernels.triton import attention_mass, block_scores, pool_blocks, pool_features
 
 
 def small(op):
@@ -34,6 +34,26 @@ def small(op):
 def test_pooling_is_as_exact_as_eager(profile):
     for case in range(2):
         check_pool(pool_inputs(profile, Draw(1, case), "cpu", False))
+
+
+@pytest.mark.parametrize("profile", small("pool_features"), ids=lambda profile: profile["kinds"])
+def test_features_are_as_exact_as_eager(profile):
+    for case in range(3):
+        check_features(features_inputs(profile, Draw(1, case), "cpu", False))
+
+
+def test_features_of_many_heads_are_those_of_each_head():
+    tokens = Draw(0, 0).normal(1, 2, 80, 32).half()
+    weight = Draw(0, 1).normal(16, 96, 64) / 8
+    arguments = (8, "mean,max,min")
+    whole = pool_features.launch(tokens, weight, *arguments)
+    alone = [
+        pool_features.launch(tokens[:, head // 8, None], weight[head, None], *arguments)
+        for head in range(16)
+    ]
+    torch.testing.assert_close(whole, torch.cat(alone, 1), rtol=2**-10, atol=2**-12)
+    with pytest.raises(DtypeError, match="float16 or bfloat16"):
+        pool_features.launch(tokens.float(), weight, *arguments)
 
 
 @pytest.mark.parametrize("op", ["block_scores", "attention_mass"])

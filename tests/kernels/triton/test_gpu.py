@@ -16,7 +16,15 @@ ROOT = Path(__file__).parents[3]
 @pytest.mark.gpu
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "op", ["attention", "block_scores", "attention_mass", "pool_blocks", "select_blocks"]
+    "op",
+    [
+        "attention",
+        "block_scores",
+        "attention_mass",
+        "pool_blocks",
+        "pool_features",
+        "select_blocks",
+    ],
 )
 def test_random_configurations_match_float64_on_the_gpu(op):
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
