@@ -207,7 +207,19 @@ def run_map(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     module = block_scores if "sub_block" in inputs["profile"] else attention_mass
     start = (inputs["rows"], inputs["columns"], inputs["scale"])
     visibility = inputs["visibility"].as_arguments()
-    return (module.launch(*start, *_map_arguments(inputs), **visibility),)
+    tiling = _few_programs(inputs) if inputs["profile"].get("programs") else None
+    return (module.launch(*start, *_map_arguments(inputs), **visibility, tiling=tiling),)
+
+
+def _few_programs(inputs: dict[str, Any]) -> Any:
+    """Return the tiling of block scores in one pass with fewer programs: each takes many tiles."""
+    from seer_compile.kernels.triton import primitives, tuning
+
+    profile, columns = inputs["profile"], inputs["columns"]
+    units = tuple(block // profile["sub_block"] for block in profile["blocks"])
+    dim = primitives.padded_dim(profile["dim"])
+    tiling = tuning.one_pass_tiling(dim, units, columns.shape[2], columns.device)
+    return tiling._replace(programs=profile["programs"])
 
 
 def check_map(inputs: dict[str, Any]) -> None:

@@ -23,7 +23,13 @@ from kernels_cases import BF16, PROFILES, Draw, features_inputs, map_inputs, poo
 from kernels_checks import check_features, check_map, check_pool
 
 from seer_compile.errors import DtypeError, RangeError
-from seer_compile.kernels.triton import attention_mass, block_scores, pool_blocks, pool_features
+from seer_compile.kernels.triton import (
+    attention_mass,
+    block_scores,
+    pool_blocks,
+    pool_features,
+    tuning,
+)
 
 
 def small(op):
@@ -56,8 +62,10 @@ def test_features_of_many_heads_are_those_of_each_head():
         pool_features.launch(tokens.float(), weight, *arguments)
 
 
-@pytest.mark.parametrize("op", ["block_scores", "attention_mass"])
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [("block_scores", case) for case in range(7)] + [("attention_mass", case) for case in range(4)],
+)
 def test_map_is_as_exact_as_float32_allows(op, case):
     profile = small(op)[case]
     check_map(map_inputs(profile, Draw(2, case), "cpu", False))
@@ -74,6 +82,18 @@ def test_scores_of_the_future_are_exactly_zero():
     scores = block_scores.launch(*features, 1.0, 8, 32, 16, 96, 96, 1, upper=0)
     future = torch.arange(6)[None] * 16 > torch.arange(3)[:, None] * 32 + 31
     assert torch.equal(scores == 0, future.expand_as(scores))
+
+
+def test_one_pass_gives_what_two_passes_give_however_few_programs_share_the_tiles():
+    features = Draw(0, 0).normal(2, 2, 4, 60, 16).half()
+    arguments = (*features, 1.0, 8, 16, 32, 470, 475, 2, 3)
+    two = block_scores.launch(*arguments, tiling=tuning.MapTiling(32, 32, 4, 1))
+    whole = block_scores.launch(*arguments)
+    torch.testing.assert_close(whole, two, rtol=1e-5, atol=1e-30)
+    for programs in (1, 3, 7):
+        tiling = tuning.OnePassTiling(16, 32, 4, 1, programs, 255)
+        one = block_scores.launch(*arguments, tiling=tiling)
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-30)
 
 
 def test_a_shared_selection_takes_the_largest_score_of_its_heads():
