@@ -42,7 +42,7 @@ def pooling(bench: Any, weights: dict[str, Tensor], timed: Timed) -> Iterator[Ro
     """Time pooling with projection, beside the two steps that it replaces."""
     extra = {
         "query": [PoolTiling(64, 64, 4, 128, 8), PoolTiling(64, 64, 8, 128, 8)],
-        "key": [PoolTiling(64, 32, 8, 64, 8), PoolTiling(64, 64, 4, 64, 8)],
+        "key": [PoolTiling(64, 32, 8, 128, 8), PoolTiling(64, 32, 8, 64, 8)],
     }
     for side, variants in extra.items():
         tokens, weight = getattr(bench, side), weights[side]

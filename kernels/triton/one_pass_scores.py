@@ -127,8 +127,6 @@ def one_pass_scores(
     row_ptr,
     column_ptr,
     sums_ptr,
-    reference_ptr,
-    final_ptr,
     map_ptr,
     row_strides,
     column_strides,
@@ -169,9 +167,10 @@ def one_pass_scores(
     TILE_R: tl.constexpr = ROW_UNITS * PADDED_ROW_UNIT
     TILE_C: tl.constexpr = COLUMN_UNITS * PADDED_COLUMN_UNIT
     STEP: tl.constexpr = COLUMN_UNITS * COLUMN_UNIT
-    sums_ptr += program.to(tl.int64) * TILE_R * (num_steps * COLUMN_UNITS)
-    reference_ptr += program.to(tl.int64) * TILE_R * num_steps
-    final_ptr += program.to(tl.int64) * (2 * TILE_R)
+    # Of each program: the sums, a reference per row and step, two numbers per row.
+    sums_ptr += program.to(tl.int64) * (num_steps * (COLUMN_UNITS + 1) + 2) * TILE_R
+    reference_ptr = sums_ptr + num_steps * COLUMN_UNITS * TILE_R
+    final_ptr = reference_ptr + num_steps * TILE_R
     upper, lower = shifted_band(upper, lower, offset_ptr)
     row_places, places = tl.arange(0, TILE_R), tl.arange(0, TILE_C)
     columns_of_tile = places % COLUMN_UNITS * COLUMN_UNIT + places // COLUMN_UNITS
@@ -296,14 +295,12 @@ def launch_one_pass(
     pooled = heads // result.shape[1]
     programs = min(tiling.programs, tiles * heads * batch)
     tile_rows = row_units * padded_units[0]
-    sums, reference, final = (
-        torch.empty(programs * tile_rows * width, dtype=torch.float32, device=rows.device)
-        for width in (num_steps * column_units, num_steps, 2)
-    )
+    own = tile_rows * (num_steps * (column_units + 1) + 2)
+    sums = torch.empty(programs * own, dtype=torch.float32, device=rows.device)
     if pooled > 1:
         result.zero_()
     one_pass_scores[(programs,)](
-        rows, columns, sums, reference, final, result, rows.stride(), columns.stride(),
+        rows, columns, sums, result, rows.stride(), columns.stride(),
         band.offset, *rules, num_rows, columns.shape[2], *result.shape[2:], num_steps, *lengths,
         band.upper, band.lower, qk_scale, tiles, heads, batch,
         POOLED=pooled, EXTENT=extent, ROW_UNIT=units[0], COLUMN_UNIT=units[1],

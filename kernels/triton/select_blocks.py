@@ -206,7 +206,11 @@ def _select_row(
     return tl.sum(kept.to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize=["num_rows", "q_len", "k_len", "upper", "lower", "selections"])
+@triton.jit(
+    do_not_specialize=[
+        "num_rows", "q_len", "k_len", "upper", "lower", "selections", "budget_stride",
+    ]
+)  # fmt: skip
 def _select_blocks(
     scores_ptr,
     budget_ptr,
@@ -221,6 +225,7 @@ def _select_blocks(
     upper,
     lower,
     selections,
+    budget_stride,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -241,7 +246,7 @@ def _select_blocks(
     row_ptr, indices_ptr = scores_ptr + target * num_blocks, indices_ptr + target * num_blocks
     if usable_ptr is not None:
         usable_ptr += batch * num_blocks
-    given = tl.load(budget_ptr + selection)
+    given = tl.load(budget_ptr + selection * budget_stride)
     if WIDTH >= 128 and end - base <= WIDTH // 4:
         count = _select_row(
             row_ptr, usable_ptr, indices_ptr, given, base, begin, end, first_query, last_query,
@@ -324,7 +329,7 @@ def launch(
     with launching_on(scores, "scores"):
         _select_blocks[(batch * selections * num_rows,)](
             scores.contiguous(),
-            budget.contiguous(),
+            budget,
             indices,
             counts,
             band.offset,
@@ -336,6 +341,7 @@ def launch(
             band.upper,
             band.lower,
             selections,
+            budget.stride(0),
             QUERY_BLOCK=query_block,
             KEY_BLOCK=key_block,
             WIDTH=width,

@@ -277,9 +277,10 @@ class PoolTiling(NamedTuple):
 def pool_tiling(num_sub_blocks: int) -> PoolTiling:
     """Return the tiling for a number of sub-blocks. Predicted, not measured yet.
 
-    Two programs of 128 registers per thread share a multiprocessor, so that one reads while the
-    other multiplies; a program asks for 32 KiB at a time.
+    A program asks for 32 KiB at a time. With up to 64 features per product two programs of 128
+    registers per thread share a multiprocessor, and one reads while the other multiplies; with
+    256, the query heads of most key heads at once, one has it for itself.
     """
     if num_sub_blocks <= 16:
         return PoolTiling(16, 64, 4, 128, 4)
-    return PoolTiling(64, 32, 8, 128, 8)
+    return PoolTiling(64, 32, 8, 256, 8)
