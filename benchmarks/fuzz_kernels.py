@@ -31,16 +31,19 @@ from kernels_cases import (
     PROFILES,
     Draw,
     attention_inputs,
+    features_inputs,
     map_inputs,
     pool_inputs,
     select_inputs,
 )
 from kernels_checks import (
     check_attention,
+    check_features,
     check_map,
     check_pool,
     check_select,
     run_attention,
+    run_features,
     run_map,
     run_pool,
     run_select,
@@ -51,6 +54,7 @@ OPS: dict[str, tuple[Callable, Callable, Callable]] = {
     "block_scores": (map_inputs, run_map, check_map),
     "attention_mass": (map_inputs, run_map, check_map),
     "pool_blocks": (pool_inputs, run_pool, check_pool),
+    "pool_features": (features_inputs, run_features, check_features),
     "select_blocks": (select_inputs, run_select, check_select),
 }
 

@@ -141,6 +141,17 @@ def pool_inputs(profile: dict[str, Any], draw: Draw, device: str, full: bool) ->
     return {"tokens": tokens, "padding": padding, "profile": profile}
 
 
+def features_inputs(profile: dict[str, Any], draw: Draw, device: str, full: bool) -> dict[str, Any]:
+    """Draw the inputs of pooling with projection."""
+    inputs = pool_inputs(profile, draw, device, full)
+    channels = inputs["tokens"].shape[3] * len(profile["kinds"].split(","))
+    weight = draw.normal(4 * profile["groups"], channels, profile["gate_dim"])
+    if draw.integer(0, 1):
+        # The rows of a wider tensor: no stride is that of a whole one.
+        weight = torch.cat([weight, weight], 2)[..., : profile["gate_dim"]]
+    return {**inputs, "weight": (weight * channels**-0.5).to(device)}
+
+
 def select_inputs(profile: dict[str, Any], draw: Draw, device: str, full: bool) -> dict[str, Any]:
     """Draw the inputs of selection."""
     batch, heads = (draw.choice((1, 2)), draw.choice((1, 3))) if full else (1, 2)
@@ -215,10 +226,14 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
     ],
     "block_scores": [
         _scores_profile(BF16, 64, 8, (64, 64), 1),
+        _scores_profile(BF16, 64, 8, (64, 64), 1, programs=5),
         _scores_profile(FP16, 64, 8, (64, 64), 4, padding=True),
+        _scores_profile(FP16, 64, 8, (64, 64), 4, programs=3),
         _scores_profile(BF16, 128, 64, (64, 64), 1, layout="tokens first"),
         _scores_profile(BF16, 32, 16, (128, 64), 2, documents=True),
         _scores_profile(FP16, 16, 4, (32, 128), 1, offset=True),
+        _scores_profile(FP16, 40, 16, (48, 80), 2),
+        _scores_profile(BF16, 256, 8, (64, 64), 1),
         _scores_profile(FP32, 64, 8, (64, 64), 1, padding=True),
         _scores_profile(FP32, 32, 32, (32, 64), 4, documents=True),
         _scores_profile(FP32, 64, 8, (64, 64), 1, layout="last strided"),
@@ -239,6 +254,15 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
         _pool_profile(FP16, 80, 8, "mean", "tokens first", padding=True),
         _pool_profile(FP32, 64, 4, "min,mean", "last strided", padding=True),
         _pool_profile(FP32, 24, 12, "max", "tokens first"),
+    ],
+    "pool_features": [
+        _pool_profile(BF16, 128, 8, "mean,max,min", "tokens first", groups=1, gate_dim=64),
+        _pool_profile(BF16, 128, 8, "mean,max,min", "tokens first", groups=4, gate_dim=64),
+        _pool_profile(BF16, 128, 64, "max,min,mean", groups=3, gate_dim=32, padding=True),
+        _pool_profile(FP16, 80, 8, "mean", "tokens first", groups=2, gate_dim=48, padding=True),
+        _pool_profile(FP16, 64, 4, "min,mean", "last strided", groups=1, gate_dim=16, padding=True),
+        _pool_profile(FP16, 24, 12, "max", "fused", groups=8, gate_dim=128),
+        _pool_profile(BF16, 256, 16, "mean,max", groups=1, gate_dim=200),
     ],
     "select_blocks": [
         {

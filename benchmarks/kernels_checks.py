@@ -207,7 +207,19 @@ def run_map(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     module = block_scores if "sub_block" in inputs["profile"] else attention_mass
     start = (inputs["rows"], inputs["columns"], inputs["scale"])
     visibility = inputs["visibility"].as_arguments()
-    return (module.launch(*start, *_map_arguments(inputs), **visibility),)
+    tiling = _few_programs(inputs) if inputs["profile"].get("programs") else None
+    return (module.launch(*start, *_map_arguments(inputs), **visibility, tiling=tiling),)
+
+
+def _few_programs(inputs: dict[str, Any]) -> Any:
+    """Return the tiling of block scores in one pass with fewer programs: each takes many tiles."""
+    from seer_compile.kernels.triton import primitives, tuning
+
+    profile, columns = inputs["profile"], inputs["columns"]
+    units = tuple(block // profile["sub_block"] for block in profile["blocks"])
+    dim = primitives.padded_dim(profile["dim"])
+    tiling = tuning.one_pass_tiling(dim, units, columns.shape[2], columns.device)
+    return tiling._replace(programs=profile["programs"])
 
 
 def check_map(inputs: dict[str, Any]) -> None:
@@ -269,6 +281,31 @@ def check_pool(inputs: dict[str, Any]) -> None:
     if inputs["padding"] is not None:
         inputs["tokens"].masked_fill_(~inputs["padding"][:, None, :, None], float("nan"))
     _check_bits((actual,), run_pool(inputs), ("pooled",), "poison")
+
+
+def run_features(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Return the pooled and projected tokens from the kernel."""
+    from seer_compile.kernels.triton import pool_features
+
+    profile = inputs["profile"]
+    arguments = (inputs["tokens"], inputs["weight"], profile["size"], profile["kinds"])
+    return (pool_features.launch(*arguments, inputs["padding"]),)
+
+
+def check_features(inputs: dict[str, Any]) -> None:
+    """Judge numbers, poison and repetition; eager pools, rounds the weights and multiplies."""
+    (actual,) = run_features(inputs)
+    tokens, weight, padding = inputs["tokens"], inputs["weight"], inputs["padding"]
+    rest = (inputs["profile"]["size"], inputs["profile"]["kinds"], padding)
+    exact = reference.pool_features(tokens.double(), weight.double(), *rest)
+    eager = reference.pool_features(tokens, weight.to(tokens.dtype), *rest)
+    assert actual.shape == exact.shape
+    assert actual.dtype is tokens.dtype
+    assert_no_worse_than_eager(actual, eager, exact, name="features")
+    _check_bits((actual,), run_features(inputs), ("features",), "second run")
+    if padding is not None:
+        tokens.masked_fill_(~padding[:, None, :, None], float("nan"))
+        _check_bits((actual,), run_features(inputs), ("features",), "poison")
 
 
 def run_select(inputs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -171,6 +171,13 @@ def pool_blocks(dtype, dim, size, kinds):
     launch(torch.zeros(1, 8, 256, dim, dtype=dtype), size, kinds)
 
 
+def pool_features(dtype, dim, size, groups):
+    from seer_compile.kernels.triton.pool_features import launch
+
+    weight = torch.zeros(2 * groups, 3 * dim, 64)
+    launch(torch.zeros(1, 2, 1024, dim, dtype=dtype), weight, size, "mean,max,min")
+
+
 def block_scores(dtype, dim, sub_block, block, groups):
     from seer_compile.kernels.triton.block_scores import launch
 
@@ -218,6 +225,7 @@ CASES = {
         [(_BF16, 128, 64, 64, 8), (_BF16, 256, 128, 128, 8), (_FP32, 64, 64, 64, 8)],
     ),
     "pool_blocks": (pool_blocks, [(_BF16, 128, 8, "mean,max,min")]),
+    "pool_features": (pool_features, [(_BF16, 128, 8, 1), (_BF16, 128, 8, 4)]),
     "block_scores": (
         block_scores,
         [(_BF16, 64, 8, 64, 1), (_BF16, 128, 64, 64, 4), (_FP32, 64, 8, 64, 1)],

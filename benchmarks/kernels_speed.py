@@ -34,8 +34,6 @@ from seer_compile.kernels.triton import (
     attention_backward,
     attention_forward,
     attention_mass,
-    block_scores,
-    pool_blocks,
     select_blocks,
     tuning,
 )
@@ -64,6 +62,7 @@ class Bench:
         self.shape = {"length": length, "dim": dim, "heads": heads, "kv_heads": kv_heads}
         self.shape["batch"] = batch
         self.generator = generator
+        self.is_real = DEVICE != "cpu"
 
     def select(
         self, density: float, query_block: int, key_block: int, selections: int
@@ -206,34 +205,10 @@ def forward(quick: bool) -> Iterator[Row]:
 
 
 def gate(quick: bool) -> Iterator[Row]:
-    """Time pooling, scores and selection."""
-    for tokens_wanted in (32768,) if quick else (8192, 32768, 131072):
-        bench = Bench(tokens_wanted)
-        length = bench.query.shape[2]
-        for what, tokens in (("pool query", bench.query), ("pool key", bench.key)):
+    """Time pooling, scores and selection, and the whole."""
+    from gate_speed import gate_rows
 
-            def pool(tokens: Tensor = tokens) -> Tensor:
-                return pool_blocks.launch(tokens, 8, "mean,max,min")
-
-            yield {"what": what, **bench.shape, **timed(pool)}
-        features = torch.randn(2, 1, 32, length // 8, 64, device=DEVICE, dtype=torch.bfloat16)
-        lengths = (8, 64, 64, length, length)
-
-        def scores(groups: int = 1, features: Tensor = features, lengths=lengths) -> Tensor:
-            return block_scores.launch(*features, 0.125, *lengths, groups, upper=0)
-
-        yield {"what": "block scores", **bench.shape, **timed(scores)}
-        shared = timed(lambda scores=scores: scores(4))
-        yield {"what": "block scores, 4 heads", **bench.shape, **shared}
-        values = scores()
-        for selector, amount in (("top_p", 0.5), ("fraction", 0.1)):
-            budget = torch.full((32,), amount, device=DEVICE)
-            arguments = (values, budget, selector, 64, 64, length, length)
-
-            def run(arguments=arguments) -> tuple[Tensor, Tensor]:
-                return select_blocks.launch(*arguments, upper=0)
-
-            yield {"what": f"select {selector}", **bench.shape, **timed(run)}
+    yield from gate_rows(quick, Bench, timed)
 
 
 def backward(quick: bool) -> Iterator[Row]:

@@ -20,6 +20,7 @@ _AUTOCAST = DispatchKeySet(_KEYS[0]) | DispatchKeySet(_KEYS[1])
 _LIBRARY = torch.library.Library(contracts.NAMESPACE, "FRAGMENT")
 OPERATORS = (
     contracts.pool_blocks,
+    contracts.pool_features,
     contracts.block_scores,
     contracts.select_blocks,
     contracts.attention_mass,

@@ -74,6 +74,52 @@ def _check_pool(tokens: Tensor, size: int, kinds: str, padding: Tensor | None) -
         )
 
 
+@custom_op(f"{NAMESPACE}::pool_features.v1", mutates_args=(), device_types="cpu")
+def pool_features(
+    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+) -> Tensor:
+    """CPU kernel."""
+    _check_features(tokens, weight, size, kinds, padding)
+    return scoring.pool_features(tokens, weight, size, kinds, padding)
+
+
+@pool_features.register_kernel("cuda")
+def _(
+    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+) -> Tensor:
+    from seer_compile.kernels.triton import pool_blocks as pool
+    from seer_compile.kernels.triton import pool_features as kernel
+
+    _check_features(tokens, weight, size, kinds, padding)
+    if tokens.dtype is torch.float32:
+        # Exact products do not run on the tensor cores: a product of its own is the faster one.
+        return scoring.project(pool.launch(tokens, size, kinds, padding), weight)
+    return kernel.launch(tokens, weight, size, kinds, padding)
+
+
+@pool_features.register_fake
+def _(
+    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+) -> Tensor:
+    shape = (tokens.shape[0], weight.shape[0], _units(tokens.shape[2], size), weight.shape[2])
+    dtype = tokens.dtype if tokens.device.type == "cuda" else torch.float32
+    return tokens.new_empty(shape, dtype=dtype)
+
+
+def _check_features(
+    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None
+) -> None:
+    _check_pool(tokens, size, kinds, padding)
+    check_tensor("weight", weight, rank=3, dtypes=(torch.float32,), device=tokens.device)
+    heads, pooled = tokens.shape[1], tokens.shape[3] * len(kinds.split(","))
+    if heads < 1 or weight.shape[0] % heads or weight.shape[1] != pooled:
+        raise ShapeError(
+            argument="weight.shape",
+            got=tuple(weight.shape),
+            expected=f"(a multiple of {heads} heads, {pooled} pooled channels, gate dim)",
+        )
+
+
 @custom_op(f"{NAMESPACE}::block_scores.v1", mutates_args=(), device_types="cpu")
 def block_scores(
     query_features: Tensor,

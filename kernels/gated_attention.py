@@ -1,7 +1,7 @@
 """A whole site in one call: pool, score, select, attend; or dense attention where that is faster.
 
-    query -> pool -> project --.
-    key   -> pool -> project --> scores -> select -> attention(query, key, value)
+    query -> pool and project --.
+    key   -> pool and project --> scores -> select -> attention(query, key, value)
 
 Query rows are streamed: scores and indices of one slab of rows exist at a time, and keys that the
 band hides from a slab are left out of it. The selection is a function of the inputs alone, so the
@@ -233,52 +233,23 @@ def _window(visibility: Visibility, rows: slice, keys: slice) -> Visibility:
 
 
 def _key_features(key: Tensor, gate: GateArguments, visibility: Visibility) -> Tensor:
-    pooled = torch.ops.seer_compile.pool_blocks.v1(
-        key, gate.sub_block, gate.key_pools, visibility.key_padding
+    return torch.ops.seer_compile.pool_features.v1(
+        key, gate.key_weight, gate.sub_block, gate.key_pools, visibility.key_padding
     )
-    return project(pooled, gate.key_weight)
-
-
-def project(pooled: Tensor, weight: Tensor) -> Tensor:
-    """Project pooled tokens per query head.
-
-    Args:
-        pooled: ``Float[b x t p]``; x divides h.
-        weight: ``Float32[h p e]``.
-
-    Returns:
-        ``Float[b h t e]``.
-
-    Numerics:
-        On CUDA, 16-bit inputs are multiplied by weights rounded to their dtype, accumulate in
-        float32 and come out in their dtype: float32 products would not run on the tensor cores,
-        and scores of float32 features took 3.7 ms a layer where 0.3 ms of attention followed
-        (H200, 8 heads, 32,768 tokens).
-    """
-    batch, heads, units, channels = pooled.shape
-    groups = weight.shape[0] // heads
-    # [x, p, groups * e]: one product serves the query heads of a key head.
-    weight = weight.unflatten(0, (heads, groups)).transpose(1, 2).flatten(2)
-    left = pooled.reshape(batch * heads, units, channels)
-    right = weight.expand(batch, -1, -1, -1).flatten(0, 1)
-    if pooled.is_cuda and pooled.dtype in (torch.float16, torch.bfloat16):
-        features = left @ right.to(pooled.dtype)
-    else:
-        features = torch.bmm(left.float(), right)
-    features = features.view(batch, heads, units, groups, -1)
-    return features.transpose(2, 3).flatten(1, 2)
 
 
 def _select(
     queries: Tensor, key_features: Tensor, gate: GateArguments, slab: _Slab, k_len: int
 ) -> tuple[Tensor, Tensor]:
     """Return indices and counts for one slab of rows; the budget is that of all the keys."""
-    pooled = torch.ops.seer_compile.pool_blocks.v1(queries, gate.sub_block, gate.query_pools, None)
+    query_features = torch.ops.seer_compile.pool_features.v1(
+        queries, gate.query_weight, gate.sub_block, gate.query_pools
+    )
     readable = slab.visibility.as_arguments().values()
     num_keys = slab.keys.stop
     grid = (gate.query_block, gate.key_block, queries.shape[2], num_keys)
     scores = torch.ops.seer_compile.block_scores.v1(
-        project(pooled, gate.query_weight),
+        query_features,
         key_features[:, :, : -(-num_keys // gate.sub_block)],
         gate.scale,
         gate.sub_block,

@@ -119,7 +119,8 @@ def block_scores(
         SeerInputError: A malformed argument.
 
     Cost:
-        2 h r c e multiply-adds; the r x c logits are never held. No gradient.
+        2 h r c e multiply-adds; the r x c logits are never held, on CUDA at most 320 MB of sums
+        of them. No gradient.
     """
     require_tensor("query_features", query_features)
     require_tensor("key_features", key_features, like=query_features)
@@ -343,7 +344,8 @@ def gated_attention(
         SeerInputError: A malformed argument.
 
     Cost:
-        Scores and indices of one slab of query rows, at most 256 MB; the keys' features.
+        Scores and indices of one slab of query rows, at most 256 MB; what scoring takes; the
+        keys' features.
     """
     require_attention(query, key, value)
     tensors = (query_weight, key_weight, budget, mode)

@@ -103,6 +103,16 @@ def pool_blocks(tokens: Tensor, size: int, kinds: str, padding: Tensor | None = 
     return pooled.flatten(-2)
 
 
+def pool_features(
+    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+) -> Tensor:
+    """Return ``Float[b h units e]``: pooled tokens times the weights of each query head."""
+    pooled = pool_blocks(tokens, size, kinds, padding)
+    wide = torch.promote_types(tokens.dtype, weight.dtype)
+    pooled = pooled.repeat_interleave(weight.shape[0] // tokens.shape[1], 1)
+    return torch.einsum("bhtp,hpe->bhte", pooled.to(wide), weight.to(wide))
+
+
 def block_scores(
     query_features: Tensor,
     key_features: Tensor,

@@ -56,6 +56,54 @@ def _pool(units: Tensor, kind: str, members: Tensor | None) -> Tensor:
     return pooled.masked_fill(~members.any(3), 0.0)
 
 
+def pool_features(
+    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None
+) -> Tensor:
+    """Pool sub-blocks and project them to gate features.
+
+    Args:
+        tokens: ``Float[b x t d]``.
+        weight: ``Float32[h len(kinds)*d e]``; x divides h.
+        size: Tokens per sub-block.
+        kinds: Comma-joined kinds of pooling.
+        padding: ``Bool[b t]``, True where a token counts.
+
+    Returns:
+        ``Float[b h ceil(t/size) e]``, contiguous, of the dtype that :func:`project` says.
+    """
+    return project(pool_blocks(tokens, size, kinds, padding), weight)
+
+
+def project(pooled: Tensor, weight: Tensor) -> Tensor:
+    """Project pooled tokens per query head.
+
+    Args:
+        pooled: ``Float[b x t p]``; x divides h.
+        weight: ``Float32[h p e]``.
+
+    Returns:
+        ``Float[b h t e]``.
+
+    Numerics:
+        On CUDA, 16-bit inputs are multiplied by weights rounded to their dtype, accumulate in
+        float32 and come out in their dtype: float32 products would not run on the tensor cores,
+        and scores of float32 features took 3.7 ms a layer where 0.3 ms of attention followed
+        (H200, 8 heads, 32,768 tokens).
+    """
+    batch, heads, units, channels = pooled.shape
+    groups = weight.shape[0] // heads
+    # [x, p, groups * e]: one product serves the query heads of a key head.
+    weight = weight.unflatten(0, (heads, groups)).transpose(1, 2).flatten(2)
+    left = pooled.reshape(batch * heads, units, channels)
+    right = weight.expand(batch, -1, -1, -1).flatten(0, 1)
+    if pooled.is_cuda and pooled.dtype in (torch.float16, torch.bfloat16):
+        features = left @ right.to(pooled.dtype)
+    else:
+        features = torch.bmm(left.float(), right)
+    features = features.view(batch, heads, units, groups, -1)
+    return features.transpose(2, 3).flatten(1, 2).contiguous()
+
+
 class _Slab(NamedTuple):
     """Consecutive query units of one batch item and the key units that they may read."""
 

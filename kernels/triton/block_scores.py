@@ -1,8 +1,9 @@
 """Block scores of a gate: pooled features to the share of attention each key block carries.
 
-Sub-blocks are the rows and columns of :mod:`row_statistics` and :mod:`pooled_map`; a block score is
-the largest, over the query sub-blocks of a block (and over the heads of a group), of the summed
-probability of the key sub-blocks of the other block. Scores of sub-block pairs are never stored.
+Sub-blocks are the rows and columns of :mod:`one_pass_scores`, for 16-bit features, or of the two
+passes of :mod:`row_statistics` and :mod:`pooled_map`. A block score is the largest, over the query
+sub-blocks of a block (and over the heads of a group), of the summed probability of the key
+sub-blocks of the other block. Scores of sub-block pairs are never stored.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import triton
 from torch import Tensor
 
 from seer_compile.errors import RangeError
+from seer_compile.kernels.triton.one_pass_scores import launch_one_pass
 from seer_compile.kernels.triton.pooled_map import pooled_map
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
@@ -24,7 +26,14 @@ from seer_compile.kernels.triton.primitives import (
     padded_dim,
 )
 from seer_compile.kernels.triton.row_statistics import row_statistics
-from seer_compile.kernels.triton.tuning import MapTiling, head_layout, scores_tiling, shared_memory
+from seer_compile.kernels.triton.tuning import (
+    MapTiling,
+    OnePassTiling,
+    head_layout,
+    one_pass_tiling,
+    scores_tiling,
+    shared_memory,
+)
 
 
 class ColumnRules(NamedTuple):
@@ -64,6 +73,11 @@ def column_rules(
         ranges.append(_in_units(documents, extent, limits.max).amin(2).contiguous())
         ranges.append(_in_units(documents, extent, limits.min).amax(2).contiguous())
     return ColumnRules(usable, *ranges)
+
+
+def _positive_scale(scale: float) -> float:
+    """Return the factor for powers of 2; kernels take maxima before scaling: it is positive."""
+    return max(abs(scale) * LOG2_E, 1e-30)
 
 
 def pooled_softmax_map(
@@ -133,8 +147,7 @@ def pooled_softmax_map(
         num_rows,
         num_columns,
     )
-    # Kernels take maxima before scaling, so their scale is positive.
-    qk_scale = max(abs(scale) * LOG2_E, 1e-30)
+    qk_scale = _positive_scale(scale)
     lengths = (q_len, k_len, band.upper, band.lower, qk_scale)
     padded_row_unit = triton.next_power_of_2(row_unit)
     padded_column_unit = triton.next_power_of_2(column_unit)
@@ -185,6 +198,7 @@ def launch(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    tiling: OnePassTiling | MapTiling | None = None,
 ) -> Tensor:
     """Score block pairs.
 
@@ -204,6 +218,7 @@ def launch(
         key_padding: ``Bool[b k]``.
         query_documents: ``Int[b q]``.
         key_documents: ``Int[b k]``.
+        tiling: Overrides the tuning table, and the number of passes.
 
     Returns:
         ``Float32[b h//groups m n]``, in [0, 1]; exactly 0 for pairs that are not visible.
@@ -215,22 +230,24 @@ def launch(
         raise RangeError(
             argument="sub_block", got=sub_block, expected=f"a divisor of {query_block}, {key_block}"
         )
+    units = (query_block // sub_block, key_block // sub_block)
+    shape = (ceil_div(q_len, query_block), ceil_div(k_len, key_block))
+    rules = column_rules(sub_block, key_padding, query_documents, key_documents)
+    batch, heads, _, dim = query_features.shape
+    is_narrow = query_features.dtype is not torch.float32 and query_features.numel() > 0
+    if tiling is None and is_narrow and key_features.numel() > 0:
+        device = query_features.device
+        tiling = one_pass_tiling(padded_dim(dim), units, key_features.shape[2], device)
+    if isinstance(tiling, OnePassTiling):
+        size = (batch, heads // groups, *shape)
+        result = torch.empty(size, dtype=torch.float32, device=query_features.device)
+        with launching_on(query_features, "query_features"):
+            launch_one_pass(
+                query_features, key_features, _positive_scale(scale), scale < 0, sub_block, units,
+                (q_len, k_len), make_band(upper, lower, offset), rules, result, tiling,
+            )  # fmt: skip
+        return result
     return pooled_softmax_map(
-        query_features,
-        key_features,
-        scale,
-        sub_block,
-        query_block // sub_block,
-        key_block // sub_block,
-        ceil_div(q_len, query_block),
-        ceil_div(k_len, key_block),
-        q_len,
-        k_len,
-        groups,
-        True,
-        False,
-        upper,
-        lower,
-        offset,
-        column_rules(sub_block, key_padding, query_documents, key_documents),
-    )
+        query_features, key_features, scale, sub_block, *units, *shape, q_len, k_len, groups,
+        True, False, upper, lower, offset, rules, tiling,
+    )  # fmt: skip

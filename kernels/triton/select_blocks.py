@@ -1,9 +1,10 @@
 """Turn block scores into the ascending list of kept key blocks of each query block.
 
-Layout: one program per row, the whole row in registers. The cut is found by bisection on the bits
-of the scores (for floats of one sign their integer order is their order), 32 rounds of one
-comparison, selection and sum each; no sort. Kept blocks are then numbered by a prefix sum and
-written in order.
+Layout: one program per row, the visible part of the row in registers, in the narrowest of three
+widths that holds it. The cut is found by bisection on the bits of the scores (for floats of one
+sign their integer order is their order), a comparison, selection and sum per round; no sort. Every
+few rounds the bounds move to the nearest scores between them, and the search ends when that leaves
+one. Kept blocks are then numbered by a prefix sum and written in order.
 
 Numerics: sums in float32, in a fixed order, so a selection is reproducible. Top-p compares the
 rest that it drops, so that shares of mass very close to 1 differ.
@@ -36,9 +37,20 @@ HIGHEST = tl.constexpr(0x7FFFFFFF)
 @triton.jit
 def _ordered_bits(score):
     """Map floats to int32 numbers of the same order; NaN above all, minus zero equal to zero."""
-    bits = tl.where(score == 0.0, 0.0, score).to(tl.int32, bitcast=True)
+    # The sum of minus zero and zero is zero.
+    bits = (score + 0.0).to(tl.int32, bitcast=True)
     order = bits ^ ((bits >> 31) & 0x7FFFFFFF)
     return tl.where(score == score, order, HIGHEST - 1)
+
+
+@triton.jit
+def _visible_range(first_query, last_query, upper, lower, k_len, num_blocks, KEY_BLOCK):
+    """Return the range of key blocks that the band lets any of the queries see."""
+    reach = last_query + upper
+    end = tl.where(reach < 0, 0, tl.minimum(tl.maximum(reach, 0) // KEY_BLOCK + 1, num_blocks))
+    nearest = first_query + lower
+    begin = tl.maximum(nearest, 0) // KEY_BLOCK
+    return tl.where(nearest >= k_len, end, tl.minimum(begin, end)), end
 
 
 @triton.jit
@@ -47,6 +59,7 @@ def _forced_blocks(
     visible,
     is_usable,
     order,
+    highest,
     first_query,
     last_query,
     upper,
@@ -55,9 +68,8 @@ def _forced_blocks(
     DIAGONAL: tl.constexpr,
 ):
     """Return which visible blocks are always kept: diagonal, sink, best."""
-    highest = tl.max(tl.where(visible, order, LOWEST), 0)
     best = tl.min(tl.where(visible & (order == highest), blocks, 1 << 30), 0)
-    sink = tl.min(tl.where(visible & is_usable, blocks, 1 << 30), 0)
+    sink = tl.min(tl.where(is_usable, blocks, 1 << 30), 0)
     forced = (blocks == best) | (blocks == sink)
     if DIAGONAL != "none":
         if DIAGONAL == "same_position":
@@ -69,36 +81,53 @@ def _forced_blocks(
 
 
 @triton.jit
-def _cut(order, weight, low, high, needed):
-    """Return the largest cut in ``[low, high]`` at which the weights at or above it suffice.
+def _probe(order, weight, low, high, middle, limit, BY_REST: tl.constexpr):
+    """Return the bounds after one round: whether ``middle``, above ``low``, is a cut that holds."""
+    zero = tl.zeros_like(weight)
+    if BY_REST:
+        holds = tl.sum(tl.where(order < middle, weight, zero), 0) <= limit
+    else:
+        holds = tl.sum(tl.where(order >= middle, weight, zero), 0) >= limit
+    # Bounds that have met stay: low holds, so middle does.
+    return tl.where(holds, middle, low), tl.where(holds, high, tl.maximum(middle - 1, low))
 
-    ``low`` is taken to suffice. Everything that decides what counts is folded into ``order``
-    beforehand: one comparison, selection and addition per block and round.
+
+@triton.jit
+def _cut(order, weight, low, high, limit, BY_REST: tl.constexpr):
+    """Return a cut that keeps what the largest cut in ``[low, high]`` that holds would keep.
+
+    A cut holds where the weights below it sum to ``limit`` at most (``BY_REST``), or those at or
+    above it to ``limit`` at least; ``low`` is taken to hold. By the rest, because beside a sum near
+    1 float32 loses the 1e-9 that a budget of ``1 - 1e-9`` is about. Everything that decides what
+    counts is folded into ``order`` beforehand; ``high`` lies above all of it.
     """
-    # A fixed number of rounds: a condition that every thread works out for itself would make
-    # the compiler guard each later exchange between threads against divergence.
-    for _ in range(32):
-        middle = (low | high) - ((low ^ high) >> 1)
-        suffices = tl.sum(tl.where(order >= middle, weight, tl.zeros_like(weight)), 0) >= needed
-        low = tl.where(suffices, middle, low)
-        # Bounds that have met stay: low suffices, so middle does.
-        high = tl.maximum(tl.where(suffices, high, middle - 1), low)
+    low, high = _probe(order, weight, low, high, high, limit, BY_REST)
+    if BY_REST:
+        # A block above the limit cannot be dropped, and blocks below its n-th part all can.
+        guess = _ordered_bits(limit)
+        low, high = _probe(order, weight, low, high, _within(guess, low, high), limit, BY_REST)
+        guess = _ordered_bits(limit * (1.0 / order.shape[0]))
+        low, high = _probe(order, weight, low, high, _within(guess, low, high), limit, BY_REST)
+    rounds = 0
+    while (low < high) & (rounds < 36):
+        for _ in range(6):
+            middle = (low | high) - ((low ^ high) >> 1)
+            low, high = _probe(order, weight, low, high, middle, limit, BY_REST)
+        # No cut between two scores differs from the upper one. What is between the bounds holds a
+        # score unless rounding made a sum of more blocks the smaller one.
+        inside = (order >= low) & (order <= high)
+        lowest = tl.min(tl.where(inside, order, HIGHEST), 0)
+        highest = tl.max(tl.where(inside, order, LOWEST), 0)
+        low = tl.where(lowest <= highest, lowest, low)
+        high = tl.where(lowest <= highest, highest, low)
+        rounds += 6
     return low
 
 
 @triton.jit
-def _cut_by_rest(order, weight, low, high, allowed):
-    """Return the largest cut in ``[low, high]`` below which the weights sum to at most ``allowed``.
-
-    The rest is summed, not what is kept: beside a sum near 1, float32 loses the 1e-9 that a budget
-    of ``1 - 1e-9`` is about.
-    """
-    for _ in range(32):
-        middle = (low | high) - ((low ^ high) >> 1)
-        fits = tl.sum(tl.where(order < middle, weight, tl.zeros_like(weight)), 0) <= allowed
-        low = tl.where(fits, middle, low)
-        high = tl.maximum(tl.where(fits, high, middle - 1), low)
-    return low
+def _within(guess, low, high):
+    """Return the guess, or the nearest cut between the bounds that a round may ask for."""
+    return tl.maximum(tl.minimum(guess, high), tl.minimum(low + 1, high))
 
 
 @triton.jit
@@ -107,7 +136,7 @@ def _kept_by_count(order, visible, forced, low, high, wanted):
     others = visible & (forced == 0)
     needed = wanted - tl.sum(forced.to(tl.int32), 0)
     ranked = tl.where(others, order, LOWEST)
-    cut = _cut(ranked, tl.full(order.shape, 1, tl.int32), low, high, needed)
+    cut = _cut(ranked, tl.full(order.shape, 1, tl.int32), low, high, needed, BY_REST=False)
     above = others & (order > cut)
     ties = others & (order == cut)
     rank = tl.cumsum(ties.to(tl.int32), 0)
@@ -115,9 +144,71 @@ def _kept_by_count(order, visible, forced, low, high, wanted):
     return forced | above | (ties & (rank <= room))
 
 
+@triton.jit
+def _select_row(
+    row_ptr,
+    usable_ptr,
+    indices_ptr,
+    given,
+    base,
+    begin,
+    end,
+    first_query,
+    last_query,
+    upper,
+    k_len,
+    num_blocks,
+    WIDTH: tl.constexpr,
+    KEY_BLOCK: tl.constexpr,
+    SELECTOR: tl.constexpr,
+    DIAGONAL: tl.constexpr,
+    BLOCK_SLACK: tl.constexpr,
+):
+    """Write the kept blocks of a row of which ``[begin, end)`` is visible; return their number."""
+    blocks = base + tl.arange(0, WIDTH)
+    visible = (blocks >= begin) & (blocks < end)
+    # Whole vectors are read, then what is not visible is dropped.
+    score = tl.load(row_ptr + blocks, mask=blocks < num_blocks, other=0.0)
+    score = tl.where(visible, score, 0.0)
+    is_usable = visible
+    if usable_ptr is not None:
+        is_usable = visible & (tl.load(usable_ptr + blocks, mask=visible, other=0) != 0)
+    budget = given.to(tl.float32)
+    order = _ordered_bits(score)
+    low = tl.min(tl.where(visible, order, HIGHEST), 0)
+    highest = tl.max(tl.where(visible, order, LOWEST), 0)
+    forced = _forced_blocks(
+        blocks, visible, is_usable, order, highest, first_query, last_query, upper, k_len,
+        KEY_BLOCK, DIAGONAL,
+    )  # fmt: skip
+    num_visible = (end - begin).to(tl.float32)
+    BY_SUM: tl.constexpr = (SELECTOR == "top_p") | (SELECTOR == "threshold")
+    if BY_SUM:
+        total = tl.sum(score, 0)
+        # A score that is NaN cannot be judged: the row then answers as dense attention would.
+        if SELECTOR == "top_p":
+            ranked = tl.where(visible, tl.where(forced, HIGHEST, order), LOWEST)
+            limit = (1.0 - given).to(tl.float32) * total
+            cut = _cut(ranked, score, low, highest + 1, limit, BY_REST=True)
+            cut = tl.where(given >= 1.0, low, cut)
+            kept = order >= tl.where(total == total, cut, low)
+        else:
+            limit = tl.where(total > 0.0, budget * total, float("inf"))
+            limit = tl.where(total == total, limit, float("-inf"))
+            kept = (score * num_visible >= limit) | (score != score)
+        kept = forced | (visible & kept)
+    else:
+        wanted = budget * num_visible if SELECTOR == "fraction" else budget
+        wanted = tl.math.ceil(wanted - BLOCK_SLACK).to(tl.int32)
+        kept = _kept_by_count(order, visible, forced, low, highest + 1, wanted)
+    places = tl.cumsum(kept.to(tl.int32), 0) - 1
+    tl.store(indices_ptr + places, blocks, mask=kept)
+    return tl.sum(kept.to(tl.int32), 0)
+
+
 @triton.jit(
     do_not_specialize=[
-        "num_rows", "num_blocks", "q_len", "k_len", "upper", "lower", "selections",
+        "num_rows", "q_len", "k_len", "upper", "lower", "selections", "budget_stride",
     ]
 )  # fmt: skip
 def _select_blocks(
@@ -134,6 +225,7 @@ def _select_blocks(
     upper,
     lower,
     selections,
+    budget_stride,
     QUERY_BLOCK: tl.constexpr,
     KEY_BLOCK: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -146,59 +238,31 @@ def _select_blocks(
     selection = (program // num_rows % selections).to(tl.int64)
     batch = (program // num_rows // selections).to(tl.int64)
     upper, lower = shifted_band(upper, lower, offset_ptr)
-    blocks = tl.arange(0, WIDTH)
     first_query = row * QUERY_BLOCK
     last_query = tl.minimum(first_query + QUERY_BLOCK, q_len) - 1
-    first_key = blocks * KEY_BLOCK
-    last_key = tl.minimum(first_key + KEY_BLOCK, k_len) - 1
-    visible = (first_key - last_query <= upper) & (last_key - first_query >= lower)
-    visible = visible & (blocks < num_blocks)
-    row_ptr = scores_ptr + program.to(tl.int64) * num_blocks
-    score = tl.load(row_ptr + blocks, mask=visible, other=0.0)
-    is_usable = visible
-    if usable_ptr is not None:
-        flags = usable_ptr + batch * num_blocks + blocks
-        is_usable = tl.load(flags, mask=visible, other=0) != 0
-    given = tl.load(budget_ptr + selection)
-    budget = given.to(tl.float32)
-    order = _ordered_bits(score)
-    forced = _forced_blocks(
-        blocks,
-        visible,
-        is_usable,
-        order,
-        first_query,
-        last_query,
-        upper,
-        k_len,
-        KEY_BLOCK,
-        DIAGONAL,
-    )
-    low = tl.min(tl.where(visible, order, HIGHEST), 0)
-    high = tl.max(tl.where(visible, order, LOWEST), 0) + 1
-    num_visible = tl.sum(visible.to(tl.int32), 0).to(tl.float32)
-    BY_SUM: tl.constexpr = (SELECTOR == "top_p") | (SELECTOR == "threshold")
-    if BY_SUM:
-        total = tl.sum(tl.where(visible, score, 0.0), 0)
-        # A score that is NaN cannot be judged: the row then answers as dense attention would.
-        if SELECTOR == "top_p":
-            ranked = tl.where(visible, tl.where(forced, HIGHEST, order), LOWEST)
-            cut = _cut_by_rest(ranked, score, low, high, (1.0 - given).to(tl.float32) * total)
-            cut = tl.where(given >= 1.0, low, cut)
-            kept = order >= tl.where(total == total, cut, low)
-        else:
-            limit = tl.where(total > 0.0, budget * total, float("inf"))
-            limit = tl.where(total == total, limit, float("-inf"))
-            kept = (score * num_visible >= limit) | (score != score)
-        kept = forced | (visible & kept)
-    else:
-        wanted = budget * num_visible if SELECTOR == "fraction" else budget
-        wanted = tl.math.ceil(wanted - BLOCK_SLACK).to(tl.int32)
-        kept = _kept_by_count(order, visible, forced, low, high, wanted)
-    places = tl.cumsum(kept.to(tl.int32), 0) - 1
+    begin, end = _visible_range(first_query, last_query, upper, lower, k_len, num_blocks, KEY_BLOCK)
+    base = begin // 16 * 16
     target = program.to(tl.int64)
-    tl.store(indices_ptr + target * num_blocks + places, blocks, mask=kept)
-    tl.store(counts_ptr + target, tl.sum(kept.to(tl.int32), 0))
+    row_ptr, indices_ptr = scores_ptr + target * num_blocks, indices_ptr + target * num_blocks
+    if usable_ptr is not None:
+        usable_ptr += batch * num_blocks
+    given = tl.load(budget_ptr + selection * budget_stride)
+    if WIDTH >= 128 and end - base <= WIDTH // 4:
+        count = _select_row(
+            row_ptr, usable_ptr, indices_ptr, given, base, begin, end, first_query, last_query,
+            upper, k_len, num_blocks, WIDTH // 4, KEY_BLOCK, SELECTOR, DIAGONAL, BLOCK_SLACK,
+        )  # fmt: skip
+    elif WIDTH >= 128 and end - base <= WIDTH // 2:
+        count = _select_row(
+            row_ptr, usable_ptr, indices_ptr, given, base, begin, end, first_query, last_query,
+            upper, k_len, num_blocks, WIDTH // 2, KEY_BLOCK, SELECTOR, DIAGONAL, BLOCK_SLACK,
+        )  # fmt: skip
+    else:
+        count = _select_row(
+            row_ptr, usable_ptr, indices_ptr, given, base, begin, end, first_query, last_query,
+            upper, k_len, num_blocks, WIDTH, KEY_BLOCK, SELECTOR, DIAGONAL, BLOCK_SLACK,
+        )  # fmt: skip
+    tl.store(counts_ptr + target, count)
 
 
 def launch(
@@ -265,7 +329,7 @@ def launch(
     with launching_on(scores, "scores"):
         _select_blocks[(batch * selections * num_rows,)](
             scores.contiguous(),
-            budget.contiguous(),
+            budget,
             indices,
             counts,
             band.offset,
@@ -277,6 +341,7 @@ def launch(
             band.upper,
             band.lower,
             selections,
+            budget.stride(0),
             QUERY_BLOCK=query_block,
             KEY_BLOCK=key_block,
             WIDTH=width,

@@ -206,6 +206,49 @@ def scores_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> M
     return MapTiling(rows, columns, 8, stages)
 
 
+class OnePassTiling(NamedTuple):
+    """How block scores are made in one pass over the columns."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+    programs: int
+    """Programs in all; each has a stretch of memory for its sums."""
+    registers: int
+    """Per thread at most, so that several programs share a multiprocessor."""
+
+
+_LARGEST_SUMS = 320 << 20
+"""Bytes of the sums that block scores in one pass keep."""
+
+
+def one_pass_tiling(
+    dim: int, units: tuple[int, int], num_columns: int, device: torch.device
+) -> OnePassTiling | None:
+    """Return the tiling for a shape, None where two passes have to do. Predicted, not measured yet.
+
+    Args:
+        dim: Padded feature dim.
+        units: Rows and columns per unit.
+        num_columns: Columns in all.
+        device: Where it runs.
+    """
+    rows = 128 if dim <= 128 else 64
+    columns = max(64, units[1])
+    multiprocessors = 132
+    if device.type == "cuda":
+        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    fits = 2 * dim * (rows + 2 * columns) <= shared_memory(device) // 2
+    programs = multiprocessors * (2 if fits else 1)
+    sums = 4 * programs * rows * (num_columns // units[1] + columns)
+    # Units of few columns leave little to sum, and nearly a weight of each pair to keep.
+    if units[1] < 4 or max(units[0], columns) > 128 or sums > _LARGEST_SUMS:
+        return None
+    stages = _fit(2 * rows * dim, 2 * dim, columns, 3, shared_memory(device) // (2 if fits else 1))
+    return OnePassTiling(rows, columns, 8, stages[1], programs, 128 if fits else 255)
+
+
 def mass_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> MapTiling:
     """Return the tiling for a padded head dim."""
     if dtype is torch.float32:
@@ -215,3 +258,29 @@ def mass_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> Map
     columns, stages = (64, 3) if dim <= 128 else (128, 2)
     columns, stages = _fit(2 * 128 * dim, 2 * dim, columns, stages, limit)
     return MapTiling(128, columns, 8, stages)
+
+
+class PoolTiling(NamedTuple):
+    """How pooling with projection is cut into tiles."""
+
+    rows: int
+    """Sub-blocks."""
+    dims: int
+    """Channels of the tokens that are pooled before they are multiplied."""
+    unroll: int
+    """Tokens of a sub-block that are asked for before the first is used."""
+    features: int
+    """Columns of a product: whole query heads; tokens are read once per so many features."""
+    warps: int
+
+
+def pool_tiling(num_sub_blocks: int) -> PoolTiling:
+    """Return the tiling for a number of sub-blocks. Predicted, not measured yet.
+
+    A program asks for 32 KiB at a time. With up to 64 features per product two programs of 128
+    registers per thread share a multiprocessor, and one reads while the other multiplies; with
+    256, the query heads of most key heads at once, one has it for itself.
+    """
+    if num_sub_blocks <= 16:
+        return PoolTiling(16, 64, 4, 128, 4)
+    return PoolTiling(64, 32, 8, 256, 8)

@@ -154,6 +154,10 @@ def test_operators_pass_opcheck_on_cuda():
     scores = normal(1, 4, 4, 4, device=CUDA).abs()
     calls = {
         operators.pool_blocks.v1: (inputs.key.detach(), 8, "mean,max,min", None),
+        operators.pool_features.v1: (
+            *(inputs.key.detach(), normal(4, 192, 32, device=CUDA), 8),
+            *("mean,max,min", None),
+        ),
         operators.block_scores.v1: (*features, 0.5, 8, 64, 64, 200, 200, 1, 0),
         operators.select_blocks.v1: (
             scores,

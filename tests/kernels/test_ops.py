@@ -37,6 +37,9 @@ def arguments(name, visibility, *, dtype=torch.float32, requires_grad=False):  #
     selection = random_selection(2, 4, 3, 5, density=0.6, min_per_row=1)
     if name == "pool_blocks":
         return (query.detach(), 8, "mean,max,min", visibility.key_padding)
+    if name == "pool_features":
+        weight = normal(4, 48, 6, seed=2)
+        return (key.detach(), weight, 8, "mean,max,min", visibility.key_padding)
     if name == "block_scores":
         features = normal(2, 4, 10, 6), normal(2, 4, 10, 6, seed=1)
         return (*features, 0.5, 8, 32, 16, 80, 80, 2, *readable)
@@ -81,6 +84,7 @@ def overload(name):
 
 FORWARDS = (
     "pool_blocks",
+    "pool_features",
     "block_scores",
     "select_blocks",
     "attention_mass",

@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from seer_compile.errors import SeerError
 from seer_compile.kernels import reference, scoring
 from seer_compile.types import Visibility
 from support.assertions import assert_bitwise_equal, poisoned
@@ -45,6 +46,38 @@ def test_pools_ignore_padding_and_keep_nan_of_real_tokens():
         False,
         True,
     ]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_features_are_those_of_the_reference(layout, groups, dtype):
+    tokens = with_layout(normal(2, 3, 41, 5, dtype=dtype), layout)
+    weight = normal(3 * groups, 10, 6, seed=1)
+    padding = key_padding([41, 13], 41)
+    for mask in (None, padding):
+        got = ops.pool_features.v1(tokens, weight, 8, "max,mean", mask)
+        expected = reference.pool_features(tokens.float(), weight, 8, "max,mean", mask)
+        assert got.dtype is torch.float32
+        assert got.is_contiguous()
+        # Means are rounded once to the dtype before they are multiplied.
+        limit = 8 * torch.finfo(dtype).eps
+        torch.testing.assert_close(got, expected, rtol=limit, atol=limit)
+
+
+@pytest.mark.parametrize(
+    ("argument", "weight", "size", "kinds"),
+    [
+        ("weight.shape", (2, 10, 6), 8, "max,mean"),
+        ("weight.shape", (3, 15, 6), 8, "max,mean"),
+        ("weight", (3, 10), 8, "max,mean"),
+        ("size", (3, 10, 6), 0, "max,mean"),
+        ("kinds", (3, 10, 6), 8, "max,middle"),
+    ],
+)
+def test_features_of_a_malformed_call_are_refused_by_name(argument, weight, size, kinds):
+    with pytest.raises(SeerError, match=argument):
+        ops.pool_features.v1(normal(2, 3, 41, 5), torch.zeros(weight), size, kinds)
 
 
 @pytest.mark.parametrize("seed", range(40))

@@ -19,11 +19,17 @@ patch_interpreter()
 # NumPy warns where a kernel multiplies by the NaN that a test put there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-from kernels_cases import BF16, PROFILES, Draw, map_inputs, pool_inputs
-from kernels_checks import check_map, check_pool
+from kernels_cases import BF16, PROFILES, Draw, features_inputs, map_inputs, pool_inputs
+from kernels_checks import check_features, check_map, check_pool
 
-from seer_compile.errors import RangeError
-from seer_compile.kernels.triton import attention_mass, block_scores, pool_blocks
+from seer_compile.errors import DtypeError, RangeError
+from seer_compile.kernels.triton import (
+    attention_mass,
+    block_scores,
+    pool_blocks,
+    pool_features,
+    tuning,
+)
 
 
 def small(op):
@@ -36,8 +42,30 @@ def test_pooling_is_as_exact_as_eager(profile):
         check_pool(pool_inputs(profile, Draw(1, case), "cpu", False))
 
 
-@pytest.mark.parametrize("op", ["block_scores", "attention_mass"])
-@pytest.mark.parametrize("case", range(4))
+@pytest.mark.parametrize("profile", small("pool_features"), ids=lambda profile: profile["kinds"])
+def test_features_are_as_exact_as_eager(profile):
+    for case in range(3):
+        check_features(features_inputs(profile, Draw(1, case), "cpu", False))
+
+
+def test_features_of_many_heads_are_those_of_each_head():
+    tokens = Draw(0, 0).normal(1, 2, 80, 32).half()
+    weight = Draw(0, 1).normal(16, 96, 64) / 8
+    arguments = (8, "mean,max,min")
+    whole = pool_features.launch(tokens, weight, *arguments)
+    alone = [
+        pool_features.launch(tokens[:, head // 8, None], weight[head, None], *arguments)
+        for head in range(16)
+    ]
+    torch.testing.assert_close(whole, torch.cat(alone, 1), rtol=2**-10, atol=2**-12)
+    with pytest.raises(DtypeError, match="float16 or bfloat16"):
+        pool_features.launch(tokens.float(), weight, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("op", "case"),
+    [("block_scores", case) for case in range(7)] + [("attention_mass", case) for case in range(4)],
+)
 def test_map_is_as_exact_as_float32_allows(op, case):
     profile = small(op)[case]
     check_map(map_inputs(profile, Draw(2, case), "cpu", False))
@@ -54,6 +82,18 @@ def test_scores_of_the_future_are_exactly_zero():
     scores = block_scores.launch(*features, 1.0, 8, 32, 16, 96, 96, 1, upper=0)
     future = torch.arange(6)[None] * 16 > torch.arange(3)[:, None] * 32 + 31
     assert torch.equal(scores == 0, future.expand_as(scores))
+
+
+def test_one_pass_gives_what_two_passes_give_however_few_programs_share_the_tiles():
+    features = Draw(0, 0).normal(2, 2, 4, 60, 16).half()
+    arguments = (*features, 1.0, 8, 16, 32, 470, 475, 2, 3)
+    two = block_scores.launch(*arguments, tiling=tuning.MapTiling(32, 32, 4, 1))
+    whole = block_scores.launch(*arguments)
+    torch.testing.assert_close(whole, two, rtol=1e-5, atol=1e-30)
+    for programs in (1, 3, 7):
+        tiling = tuning.OnePassTiling(16, 32, 4, 1, programs, 255)
+        one = block_scores.launch(*arguments, tiling=tiling)
+        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-30)
 
 
 def test_a_shared_selection_takes_the_largest_score_of_its_heads():

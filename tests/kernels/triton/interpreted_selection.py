@@ -43,6 +43,13 @@ def test_selection_matches_the_reference(profile):
         check_select(select_inputs(profile, Draw(3, case), "cpu", False))
 
 
+@pytest.mark.parametrize("case", range(6))
+def test_rows_of_which_the_band_shows_a_part_match_the_reference(case):
+    # Rows of up to 512 blocks come in three widths, which start where the band does.
+    profile = PROFILES["select_blocks"][1 if case % 2 else 4]
+    check_select(select_inputs(profile, Draw(6, case), "cpu", True))
+
+
 @pytest.mark.parametrize("selector", ["top_k", "threshold"])
 def test_selection_by_number_and_ratio_matches_the_reference(selector):
     profile = {"selector": selector, "blocks": (32, 16), "columns": (1, 40), "padding": True}

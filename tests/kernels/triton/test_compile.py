@@ -37,6 +37,7 @@ def compiled(op, cache):
     "op",
     [
         "pool_blocks",
+        pytest.param("pool_features", marks=pytest.mark.slow),
         pytest.param("select_blocks", marks=pytest.mark.slow),
         pytest.param("block_scores", marks=pytest.mark.slow),
         pytest.param("attention_mass", marks=pytest.mark.slow),

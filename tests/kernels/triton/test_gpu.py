@@ -22,6 +22,7 @@ ROOT = Path(__file__).parents[3]
         ("attention_mass", 16),
         ("block_scores", 32),
         ("pool_blocks", 32),
+        ("pool_features", 32),
         ("select_blocks", 32),
     ],
 )
