@@ -80,7 +80,7 @@ def test_whole_models_stay_whole(whole):
     module = situation.wrap(model, "dynamo")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        # Not the module itself: models may ask whether they are being compiled, and answer otherwise.
+        # Not the module itself: models may ask whether they are compiled, and answer otherwise.
         try:
             expected = compile_whole(module, "eager")(copy.deepcopy(inputs))
         except Exception as refusal:
