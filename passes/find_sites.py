@@ -19,7 +19,13 @@ from torch.fx import GraphModule, Node
 
 from seer_compile.passes.attention_axes import Arrangement, arrange
 from seer_compile.passes.constant_scalars import ConstantScalars
-from seer_compile.passes.fx_utils import fake_value, is_known, packet_of, tensor_shape
+from seer_compile.passes.fx_utils import (
+    fake_value,
+    is_known,
+    packet_of,
+    source_frames,
+    tensor_shape,
+)
 from seer_compile.passes.match_decomposed import SOFTMAXES, match_decomposed
 from seer_compile.passes.match_fused import match_flex, match_fused
 from seer_compile.passes.matches import Match
@@ -233,6 +239,4 @@ def _static(shape: tuple[Any, ...], axis: int) -> int:
 
 def _source_line(node: Node) -> str:
     """Return the last user frame of the node's stack trace: file, line and code."""
-    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [place for place, line in enumerate(frames) if line.startswith("File ")]
-    return " | ".join(frames[places[-1] : places[-1] + 2]) if places else ""
+    return " | ".join(source_frames(node))

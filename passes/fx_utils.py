@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -50,6 +51,22 @@ def tensor_shape(value: Any) -> tuple[Any, ...] | None:
     """Return the shape of a node's or fake tensor's value; None if it is not a tensor."""
     fake = fake_value(value)
     return tuple(fake.shape) if isinstance(fake, torch.Tensor) else None
+
+
+def source_frames(node: Node) -> list[str]:
+    """Return the last user frame of a node's stack trace: where, and the code; empty if unknown."""
+    frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
+    places = [place for place, line in enumerate(frames) if line.startswith("File ")]
+    return frames[places[-1] : places[-1] + 2] if places else []
+
+
+def cited(node: Node) -> str:
+    """Return a node's name for a reason, with the line of the user's that made it."""
+    for frame in source_frames(node)[:1]:
+        found = re.match(r'File "(?:.*[\\/])?([^"\\/]+)", line (\d+)', frame)
+        if found:
+            return f"`{node.name} at {found[1]}:{found[2]}`"
+    return f"`{node.name}`"
 
 
 def insert_call(graph: Graph, target: Callable[..., Any], *args: Any, **kwargs: Any) -> Node:

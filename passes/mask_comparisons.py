@@ -14,7 +14,7 @@ import sympy
 import torch
 from torch.fx import Node
 
-from seer_compile.passes.fx_utils import fake_value
+from seer_compile.passes.fx_utils import cited, fake_value
 from seer_compile.passes.interpret_masks import Index, MaskInterpreter
 from seer_compile.passes.mask_domain import (
     FALSE,
@@ -64,7 +64,9 @@ def _compare(interpreter: MaskInterpreter, name: str, left: Any, right: Any) -> 
         return TRUE if getattr(operator, name)(left, right) else FALSE
     if not isinstance(left, sympy.Expr) or not isinstance(right, sympy.Expr):
         unknown = next((x for x in (left, right) if isinstance(x, Real)), None)
-        return Unclear(f"compares values of {unknown.read.node.name}" if unknown else "comparison")
+        return Unclear(
+            f"compares values of {cited(unknown.read.node)}" if unknown else "comparison"
+        )
     if name in ("ge", "gt"):
         name, left, right = {"ge": "le", "gt": "lt"}[name], right, left
     difference = sympy.expand(left - right)

@@ -15,6 +15,7 @@ from typing import Any
 import sympy
 from torch.utils._sympy.functions import Max, Min
 
+from seer_compile.passes.fx_utils import cited
 from seer_compile.passes.interpret_masks import MaskInterpreter
 from seer_compile.passes.mask_domain import (
     FALSE,
@@ -29,6 +30,8 @@ from seer_compile.passes.mask_domain import (
 )
 from seer_compile.passes.position_runs import positions_within_documents
 from seer_compile.types import SkipCode, SkipReason, Visibility
+
+_AXES = {"b": "batch item", "h": "head", "q": "query"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,8 +109,8 @@ def _unclear_within(formula: Formula) -> Unclear | None:
 def _require_key_padding(flag: Flag, interpreter: MaskInterpreter) -> None:
     others = interpreter.dependence(flag.read.index) - interpreter.ranges.key_side
     if others:
-        letters = ", ".join(sorted(str(symbol).removeprefix("index_") for symbol in others))
-        raise NotProvedError(f"`{flag.read.node.name}` depends on axis {letters}")
+        names = {_AXES.get(str(symbol).removeprefix("index_"), "position") for symbol in others}
+        raise NotProvedError(f"{cited(flag.read.node)} is data per {' and '.join(sorted(names))}")
     if not interpreter.is_plain(flag.read):
         raise NotProvedError(f"`{flag.read.node.name}` is gathered by position")
 

@@ -18,7 +18,7 @@ from seer_compile.passes.axes import AxisBook, Layout, shape_of
 from seer_compile.passes.contractions import Contraction, as_contraction
 from seer_compile.passes.dataflow import leads_to_product, only_observes
 from seer_compile.passes.follow_weights import moved, products_of, routes_to_product
-from seer_compile.passes.fx_utils import bound_arguments, tensor_shape
+from seer_compile.passes.fx_utils import bound_arguments, cited, tensor_shape
 from seer_compile.passes.logit_chain import Effect, LogitChain
 from seer_compile.passes.matches import HIDING, MOST_SHIFTED, Match
 from seer_compile.passes.mutation import Mutations
@@ -57,7 +57,7 @@ def match_decomposed(softmax: Node, number: Number, mutations: Mutations) -> Mat
     if len(routes) > 1:
         match.refuse(SkipCode.AMBIGUOUS, f"{len(routes)} products read the weights")
     if escapes:
-        match.refuse(SkipCode.WEIGHTS_ESCAPE, f"`{escapes[0].name}` reads them")
+        match.refuse(SkipCode.WEIGHTS_ESCAPE, f"{cited(escapes[0])} reads them")
     if chain.product is None:
         return match
     product = as_contraction(chain.product, match.book, "p")

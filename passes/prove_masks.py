@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.fx import GraphModule, Node
 
-from seer_compile.passes.fx_utils import fake_value, tensor_shape
+from seer_compile.passes.fx_utils import cited, fake_value, tensor_shape
 from seer_compile.passes.index_ranges import IndexRanges, as_expression
 from seer_compile.passes.interpret_masks import MaskInterpreter, broadcast_index
 from seer_compile.passes.mask_comparisons import at_most_zero
@@ -145,5 +145,5 @@ def _leaf_visible(leaf: Any, term: MaskTerm) -> Formula:
         if number <= HIDING:
             return FALSE
         return Unclear(f"`{term.node.name}` adds {number:g}", SkipCode.FLOAT_BIAS)
-    source = leaf.read.node.name if isinstance(leaf, Real) else term.node.name
-    return Unclear(f"values of `{source}`", SkipCode.FLOAT_BIAS)
+    source = leaf.read.node if isinstance(leaf, Real) else term.node
+    return Unclear(f"values of {cited(source)}", SkipCode.FLOAT_BIAS)

@@ -27,6 +27,7 @@ from seer_compile.passes.dataflow import (
 )
 from seer_compile.passes.fx_utils import (
     bound_arguments,
+    cited,
     fake_value,
     is_known,
     packet_of,
@@ -198,7 +199,7 @@ class _Walk:
         sides = [part for part in parts if leads_to_product(part)]  # pyright: ignore
         if len(sides) != 1:
             raise _LeftTableError(f"`{node.name}` joins logits")
-        reason = SkipReason(SkipCode.SINK_LOGIT, f"`{node.name}` appends to the logits")
+        reason = SkipReason(SkipCode.SINK_LOGIT, f"{cited(node)} appends to the logits")
         self.obstacles.append(reason)
         return sides[0]
 

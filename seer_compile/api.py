@@ -47,6 +47,9 @@ def optimize(
     :func:`restore` undoes everything. Until :func:`calibrate` or :func:`load_gates`, and unless
     ``zero_shot`` is set, every site is answered densely.
 
+    Calls, ``model.forward(...)`` and ``generate`` go through the rewritten graphs; other methods
+    that compute on their own, such as ``get_text_features``, run as they came.
+
     Args:
         model: Any module.
         gates: Gate file to load.

@@ -41,7 +41,7 @@ class Explanation:
         """Return a table: site, shapes, mask proved, decision, reason."""
         title = (
             f"{self.model}: {self.num_sparse} of {len(self.sites)} attention sites can be sparse "
-            f"({self.graphs} graphs)"
+            f"({self.graphs} graph{'' if self.graphs == 1 else 's'})"
         )
         header = ("site", "query", "key", "visible", "decision", "reason")
         return "\n".join([title, render_table(header, [site_cells(site) for site in self.sites])])

@@ -1,8 +1,8 @@
 """What :func:`seer_compile.optimize` attaches to a model, and how it comes off again.
 
 Attached are: the store of the gates as submodule ``seer_gates``, this session, ``seer_report``,
-a compiled call, and a hook that leaves the gates out of the model's state dict. A copy or an
-unpickled model carries a session of its own, bound to it, with a store of its own.
+a compiled call and forward, and a hook that leaves the gates out of the model's state dict. A copy
+or an unpickled model carries a session of its own, bound to it, with a store of its own.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import functools
 import itertools
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch import nn
 
 from seer_compile.backend import BackendOptions, SeerBackend
 from seer_compile.config import GateConfig
+from seer_compile.direct_forward import attach_forwards, detach_forwards
 from seer_compile.errors import ModelStateError
 from seer_compile.gate_store import GateStore
 from seer_compile.generation import attach_masks, detach_masks, entry_modules
@@ -54,6 +55,7 @@ class Session:
         entries = entry_modules(model)
         self.previous_calls = [entry.__dict__.get(_COMPILED) for entry in entries]
         self._bind(entries)
+        attach_forwards(entries, self)
 
     def _bind(self, entries: Sequence[nn.Module]) -> None:
         self._entries = [weakref.ref(entry) for entry in entries]
@@ -88,9 +90,14 @@ class Session:
             suffix=self.suffix,
         )
         backend = WeakBackend(self.backend, "compile")
-        for entry in self.entries:
-            call = compiled_entry(entry, backend, is_inner=entry is not self.model)
+        self.forwards: dict[int, Callable[..., Any]] = {}
+        for number, entry in enumerate(self.entries):
+            is_inner = entry is not self.model
+            call = compiled_entry(entry, backend, is_inner=is_inner)
             entry.__dict__[_COMPILED] = functools.partial(call, entry)
+            self.forwards[number] = compiled_entry(
+                entry, backend, is_inner=is_inner, is_forward=True
+            )
         # Dynamo would trace a surrounding torch.compile straight into forward, past the compiled
         # call; a call implementation of the instance's own makes it go through the call.
         model = self.model
@@ -102,7 +109,9 @@ class Session:
         return "" if self.number == 1 else f"@{self.number}"
 
     def unplug(self) -> None:
-        """Give every entry the call back that it had."""
+        """Give every entry the call and the forward back that it had."""
+        self.forwards.clear()
+        detach_forwards(self.entries)
         self.model.__dict__.pop(_CALL, None)
         for entry, previous in zip(self.entries, self.previous_calls, strict=True):
             entry.__dict__.pop(_COMPILED, None)
@@ -280,6 +289,8 @@ def unplugged(model: nn.Module) -> Iterator[None]:
         yield
         return
     modules = dict(model._modules)
+    forwards = dict(session.forwards)
+    session.forwards.clear()
     compiled = [(entry, entry.__dict__[_COMPILED]) for entry in session.entries]
     for entry, _ in compiled:
         entry.__dict__[_COMPILED] = None
@@ -291,6 +302,7 @@ def unplugged(model: nn.Module) -> Iterator[None]:
         model._modules.update(modules)
         for entry, call in compiled:
             entry.__dict__[_COMPILED] = call
+        session.forwards.update(forwards)
 
 
 def run_with_handler(

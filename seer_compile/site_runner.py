@@ -7,7 +7,6 @@ compiled further. Graphs are kept per model and serve all lengths.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import threading
 import types
@@ -22,6 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
+from seer_compile.direct_forward import DirectForward, running
 from seer_compile.errors import DenseFallbackWarning, ModelStateError, SeerError
 from seer_compile.generation import is_decoding_step
 from seer_compile.graph_log import GraphRecord
@@ -30,8 +30,10 @@ from seer_compile.types import SiteHandler
 _numbers = itertools.count()
 
 
-def isolated_entry(model: nn.Module) -> Callable[..., Any]:
+def isolated_entry(model: nn.Module, *, is_forward: bool = False) -> Callable[..., Any]:
     """Return a function that calls the module it is given, with compiled graphs of its own.
+
+    Or, for a forward, what stands in for it.
 
     Dynamo keeps graphs, and counts recompiles, per code object. ``nn.Module.compile`` goes through
     one that all modules share, where they use up each other's limit; this one belongs to one model
@@ -41,8 +43,12 @@ def isolated_entry(model: nn.Module) -> Callable[..., Any]:
     def call(module: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
         return type(module)._call_impl(module, *args, **kwargs)
 
+    def forward(stand_in: DirectForward, /, *args: Any, **kwargs: Any) -> Any:
+        return stand_in.plain(*args, **kwargs)
+
+    code = (forward if is_forward else call).__code__
     name = f"seer_{type(model).__name__}_{next(_numbers)}"
-    return types.FunctionType(call.__code__.replace(co_name=name), globals(), name)
+    return types.FunctionType(code.replace(co_name=name), globals(), name)
 
 
 class WeakBackend:
@@ -66,7 +72,7 @@ class WeakBackend:
 
 
 def compiled_entry(
-    model: nn.Module, backend: WeakBackend, *, is_inner: bool = False
+    model: nn.Module, backend: WeakBackend, *, is_inner: bool = False, is_forward: bool = False
 ) -> Callable[..., Any]:
     """Return a compiled ``(module, *args, **kwargs)`` whose errors of ours arrive unwrapped.
 
@@ -74,23 +80,24 @@ def compiled_entry(
     to break its graph here. Two calls are traced through: one decoding step, which is dense, and a
     call from within the compiled model, whose graph this backend rewrites anyway.
     """
-    compiled = torch.compile(isolated_entry(model), backend=backend)
+    compiled = torch.compile(isolated_entry(model, is_forward=is_forward), backend=backend)
+    plain = DirectForward.plain if is_forward else type(model)._call_impl
 
     # A function of its own: disabling the compiled one would reach through to what it compiles.
     @torch.compiler.disable(reason="seer_compile compiles this call itself")  # type: ignore[call-arg]
     def apart(*args: Any, **kwargs: Any) -> Any:
-        return compiled(*args, **kwargs)
+        with running():
+            return compiled(*args, **kwargs)
 
-    @functools.wraps(compiled)
     def call(*args: Any, **kwargs: Any) -> Any:
         if torch.compiler.is_exporting():
-            return _exported(*args, **kwargs)
+            return _exported(plain, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             if is_inner or is_decoding_step(kwargs):
-                return type(args[0])._call_impl(*args, **kwargs)
+                return plain(*args, **kwargs)
             return apart(*args, **kwargs)
         try:
-            with _one_graph_under_data_parallel():
+            with _one_graph_under_data_parallel(), running():
                 return compiled(*args, **kwargs)
         except BackendCompilerFailed as failure:
             if isinstance(failure.inner_exception, SeerError):
@@ -113,15 +120,17 @@ def _one_graph_under_data_parallel() -> contextlib.AbstractContextManager[Any]:
     return torch._dynamo.config.patch(optimize_ddp=False)
 
 
-def _exported(model: nn.Module, /, *args: Any, **kwargs: Any) -> Any:
-    if not torch.compiler.is_dynamo_compiling():
-        warnings.warn(
-            "torch.export sees an optimized model with dense attention; seer_compile.export "
-            "exports the sparse one.",
-            DenseFallbackWarning,
-            stacklevel=2,
-        )
-    return type(model)._call_impl(model, *args, **kwargs)
+def _exported(plain: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
+    if torch.compiler.is_dynamo_compiling():
+        return plain(*args, **kwargs)
+    warnings.warn(
+        "torch.export sees an optimized model with dense attention; seer_compile.export "
+        "exports the sparse one.",
+        DenseFallbackWarning,
+        stacklevel=2,
+    )
+    with running():
+        return plain(*args, **kwargs)
 
 
 class SiteRunner:

@@ -16,6 +16,7 @@ from torch._dynamo.utils import counters
 
 import seer_compile
 from support.models import architecture, decoder, token_ids
+from zoo.__main__ import is_installed
 from zoo.registry import ARCHITECTURES
 
 MOST_GRAPHS = 3
@@ -71,19 +72,19 @@ def compile_whole(module, backend, **options):
 @torch.no_grad()
 def test_whole_models_stay_whole(whole):
     known = ARCHITECTURES[whole]
-    for library in known.needs:
-        pytest.importorskip(library)
+    if not is_installed(whole):
+        pytest.skip(f"needs {', '.join(known.needs)}")
     situation = known.situations[0]
     model = known.build("sdpa" if "sdpa" in known.spellings else known.spellings[0]).eval()
     inputs = situation.make(model, situation.sizes[0]).inputs
     module = situation.wrap(model, "dynamo")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # Not the module itself: models may ask whether they are compiled, and answer otherwise.
         try:
-            compile_whole(module, "eager")(copy.deepcopy(inputs))
-        except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as refusal:
-            pytest.skip(f"plain torch.compile needs a break: {str(refusal).splitlines()[0]}")
-        expected = module(copy.deepcopy(inputs))
+            expected = compile_whole(module, "eager")(copy.deepcopy(inputs))
+        except Exception as refusal:
+            pytest.skip(f"plain torch.compile cannot: {str(refusal).splitlines()[0]}")
         options = {"inner": "eager", "root": module}
         got = compile_whole(module, "seer", options=options)(copy.deepcopy(inputs))
     assert torch.allclose(got, expected, rtol=1e-4, atol=1e-4)

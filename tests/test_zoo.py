@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 
 import pytest
 import torch
@@ -14,8 +13,8 @@ import torch.nn.functional as F
 
 from seer_compile.config import GateConfig, TopP
 from seer_compile.passes import pipeline
-from zoo import catalogue, doors
-from zoo.__main__ import CATALOGUE, is_installed
+from zoo import catalogue, doors, workers
+from zoo.__main__ import CATALOGUE, in_order, is_installed, main, read_rows
 from zoo.cell import Cell, Row, cells_of
 from zoo.count_attention import count_attention
 from zoo.home_made import NanoGPT, XTransformer
@@ -24,17 +23,18 @@ from zoo.matrix import run_cell
 from zoo.registry import ARCHITECTURES
 
 SAMPLE = (
-    "llama / sdpa / left and right padding / dynamic / dynamo",
+    "llama / sdpa / left padding / dynamic / dynamo",
     "mistral / eager / static cache, chunk / static / dynamo",
     "gemma3 / sdpa / packed / static / export",
     "gpt2 / sdpa / dynamic cache, chunk / dynamic / export",
     "gpt-oss / eager / no mask / static / export",
-    "deepseek-v3 / sdpa / left and right padding / static / export",
+    "deepseek-v3 / sdpa / left padding / static / export",
     "llama4 / sdpa / packed / static / dynamo",
-    "jamba / eager / left and right padding / static / export",
-    "modernbert / sdpa / left and right padding / static / export",
-    "t5 / sdpa / left and right padding / static / export",
+    "jamba / eager / static cache, chunk / static / export",
+    "modernbert / sdpa / left padding / static / export",
+    "t5 / sdpa / right padding / static / export",
     "bart / eager / padding in encoder and decoder / static / export",
+    "whisper / sdpa / static cache, prefill / static / dynamo",
     "vit / sdpa / no mask / dynamic / export",
     "wav2vec2 / sdpa / right padding / static / export",
     "clip / eager / right padding / static / export",
@@ -66,7 +66,7 @@ def test_rewritten_model_is_the_model_and_the_catalogue_says_so(name):
     entry = PAGE[row.architecture, row.spelling, row.situation]
     assert str(row.counted) in entry.sites.split(" / "), row
     assert str(row.sparse) in entry.sparse.split(" / "), row
-    if f"transformers {importlib.metadata.version('transformers')}" in CATALOGUE.read_text():
+    if f"With {workers.versions()}:" in CATALOGUE.read_text():
         fresh = catalogue.entries([row])[0]
         assert fresh.visible in entry.visible.split(" / ") or not fresh.visible, row
         assert fresh.reason in entry.reason.split(" / ") or not fresh.reason, row
@@ -144,12 +144,47 @@ def test_page_is_read_back_as_it_was_written():
         reasons={"floating-point bias | on the logits": 1}, outcome="equal", error=0.3,
     )  # fmt: skip
     other = dataclasses.replace(base, door="export", outcome="unavailable", note="refused")
-    text = catalogue.render([base, other], {"torch": "2"})
+    text = catalogue.render([base, other])
     (entry,) = catalogue.read(text).values()
     assert entry == catalogue.entries([base])[0]
     assert (entry.sites, entry.sparse, entry.visible) == ("3", "2", "causal(offset)")
     assert "100.0%" in text
     assert "refused" in text
+
+
+def test_page_tells_versions_apart():
+    base = Row(
+        architecture="nanogpt", family="home-made", spelling="sdpa", situation="no mask",
+        lengths="static", door="dynamo", counted=2, found=2, sparse=2, outcome="equal",
+        versions="torch 2",
+    )  # fmt: skip
+    older = dataclasses.replace(base, versions="torch 1", sparse=1, reasons={"why": 1})
+    gone = dataclasses.replace(base, situation="no longer a situation")
+    rows = in_order([base, gone, dataclasses.replace(older, outcome="failed"), older])
+    assert rows == [older, base]
+    text = catalogue.render(rows)
+    assert text.index("With torch 2:") < text.index("With torch 1:")
+    (entry,) = catalogue.read(text).values()
+    assert (entry.sparse, entry.reason) == ("1 / 2", "1 x why")
+    assert "| nanogpt | sdpa | no mask | static dynamo | 1 | 1 x why |" in text
+
+
+@pytest.mark.slow
+def test_matrix_runs_in_processes_and_shards_and_goes_on(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    only = ["--only", "nanogpt", "--ways", "static dynamo", "--rows", str(path)]
+    assert main([*only, "--minutes", "0"]) == 0
+    assert read_rows(path) == []
+    assert main([*only, "--shard", "1/2", "--jobs", "2"]) == 0
+    (first,) = read_rows(path)
+    assert main([*only]) == 0
+    rows = read_rows(path)
+    assert rows[0] == first
+    assert {row.name for row in rows} == {
+        f"nanogpt / {spelling} / no mask / static / dynamo" for spelling in ("sdpa", "eager")
+    }
+    assert all(row.passes and row.versions == workers.versions() for row in rows)
+    assert "4 of 4 possible sites are sparse" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,10 @@ class Situation:
     """Which axes vary with the size, per input: a tuple of axes; the same for lists."""
     decodes: bool = False
     """Whether every site has one query token: never sparse by design."""
+    sites: int | None = None
+    """Attention computations in one forward, where not the whole model runs."""
+    barred: int | None = None
+    """Those of them that cannot be block-sparse in principle."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -114,13 +114,12 @@ def plain_visibility(text: str) -> str:
     return "; ".join(dict.fromkeys(parts))
 
 
-def render(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
+def render(rows: Sequence[Row]) -> str:
     """Return the whole page."""
-    run = totals(rows)
     families: dict[str, list[Row]] = {}
     for row in rows:
         families.setdefault(row.family, []).append(row)
-    lines = [*_introduction(run, versions, Counter(f"{row.lengths} {row.door}" for row in rows))]
+    lines = [*_introduction(rows)]
     for family, members in families.items():
         names = len({row.architecture for row in members})
         lines += ["", f"## {family.capitalize()} ({names})", "", _line(HEADER)]
@@ -130,11 +129,8 @@ def render(rows: Sequence[Row], versions: Mapping[str, str]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _introduction(run: Totals, versions: Mapping[str, str], ways: Mapping[str, int]) -> list[str]:
-    taken = ", ".join(f"{way} {count} cells" for way, count in ways.items())
-    listed = ", ".join(f"{name} {version}" for name, version in versions.items())
-    outcomes = ", ".join(f"{count} {name}" for name, count in sorted(run.outcomes.items()))
-    return [
+def _introduction(rows: Sequence[Row]) -> list[str]:
+    lines = [
         "# Models",
         "",
         "Written by `make models`, which fails when a number is off; not to be edited. Small",
@@ -143,16 +139,28 @@ def _introduction(run: Totals, versions: Mapping[str, str], ways: Mapping[str, i
         "for all ways of capturing a model that are named here; `/` separates what differs between",
         "them. *Sites* are counted in the running model, without our finder.",
         "",
-        f"Versions: {listed}.",
-        f"Ways: {taken}. `dynamo` is `torch.compile`, `export` is `seer_compile.export`.",
+        "`dynamo` is `torch.compile`, `export` is `seer_compile.export`. *Unavailable* are cells",
+        "that PyTorch alone cannot compile, or export and export again; they are listed below.",
+        "Sites that can be block-sparse in principle have no bias on the logits, more than one",
+        "query token, and weights that nobody else reads.",
+    ]
+    for versions in sorted({row.versions for row in rows}, reverse=True):
+        lines += ["", *_figures([row for row in rows if row.versions == versions], versions)]
+    return lines
+
+
+def _figures(rows: Sequence[Row], versions: str) -> list[str]:
+    """Return the figures of the rows of one set of versions."""
+    run = totals(rows)
+    ways = Counter(f"{row.lengths} {row.door}" for row in rows)
+    outcomes = ", ".join(f"{count} {name}" for name, count in sorted(run.outcomes.items()))
+    return [
+        f"With {versions}:",
         "",
-        f"- {run.architectures} architectures, {run.cells} cells: {outcomes}. *Unavailable* are "
-        "cells that PyTorch",
-        "  alone cannot compile, or export and export again; they are listed at the end.",
-        f"- {run.sites} sites ran; {run.possible} of them can be block-sparse in principle (no "
-        "bias on the logits,",
-        f"  weights not returned, more than one query token). Sparse are {run.sparse}: "
-        f"{run.share:.1%}.",
+        f"- {run.architectures} architectures, {run.cells} cells: {outcomes}.",
+        f"- {', '.join(f'{way} {count} cells' for way, count in sorted(ways.items()))}.",
+        f"- {run.sites} sites ran, {run.possible} can be block-sparse in principle, "
+        f"{run.sparse} are: {run.share:.1%}.",
     ]
 
 
@@ -170,13 +178,17 @@ def _unavailable(rows: Sequence[Row]) -> Iterable[str]:
 
 
 def _misses(rows: Sequence[Row]) -> Iterable[str]:
-    missing = [row for row in rows if row.outcome != "unavailable" and row.missed]
-    if missing:
-        header = ("cell", "missed", "why dense")
-        yield from ("", "## Misses", "", _line(header), _line(["---"] * 3))
-        for row in missing:
-            parts = (row.architecture, row.spelling, row.situation, row.lengths, row.door)
-            yield _line((" / ".join(parts), row.missed, _reasons(row)))
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
+    for row in rows:
+        if row.outcome != "unavailable" and row.missed:
+            key = (row.architecture, row.spelling, row.situation, _reasons(row))
+            groups.setdefault(key, []).append(row)
+    if groups:
+        header = ("architecture", "spelling", "situation", "ways", "missed", "why dense")
+        yield from ("", "## Misses", "", _line(header), _line(["---"] * len(header)))
+        for (*names, reason), members in groups.items():
+            ways = dict.fromkeys(f"{row.lengths} {row.door}" for row in members)
+            yield _line((*names, ", ".join(ways), sum(row.missed for row in members), reason))
 
 
 def _line(cells: Iterable[object]) -> str:

@@ -31,6 +31,20 @@ class Cell:
         """Return how the model gets to the compiler: lengths and door."""
         return f"{self.lengths} {self.door}"
 
+    @property
+    def sites(self) -> int:
+        """Return how many attention computations run."""
+        own = self.situation.sites
+        return self.architecture.sites if own is None else own
+
+    @property
+    def barred(self) -> int:
+        """Return how many of them cannot be block-sparse in principle."""
+        if self.situation.decodes:
+            return self.sites
+        own = self.situation.barred
+        return sum(self.architecture.barred.values()) if own is None else own
+
     def __str__(self) -> str:
         parts = (
             self.architecture.name,
@@ -66,6 +80,8 @@ class Row:
     """Largest distance from float64, over what eager's own distance allows; at most 1."""
     note: str = ""
     seconds: float = 0.0
+    versions: str = ""
+    """Of torch and the libraries."""
 
     @property
     def name(self) -> str:

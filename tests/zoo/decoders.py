@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.architecture import Architecture, Situation
-from zoo.hugging_face import DECODER, ONE_LAYER, SIZES, SPECIAL, builder
-from zoo.text_situations import CAUSAL, CHUNK, PADDING, PLAIN
+from zoo.hugging_face import DECODER, ONE_LAYER, SIZES, SPECIAL, Builder
+from zoo.text_situations import CAUSAL, CHUNK, PADDINGS, PLAIN
 
 WINDOW = {"sliding_window": 70}
 ALTERNATING = WINDOW | {"layer_types": ["sliding_attention", "full_attention"], "head_dim": 16}
@@ -36,7 +36,7 @@ _TABLE = {
     "falcon": ("FalconForCausalLM", "FalconConfig", _FALCON),
     "opt": ("OPTForCausalLM", "OPTConfig", _OPT),
 }
-_POSITIONLESS = (PLAIN, PADDING, CHUNK)
+_POSITIONLESS = (PLAIN, *PADDINGS, CHUNK)
 """ALiBi models take no positions to pack by, and size their bias by the tokens seen so far, which
 a StaticCache keeps in a tensor."""
 
@@ -67,7 +67,7 @@ def _decoder(
     return Architecture(
         name=name,
         family="decoder",
-        build=builder(model_class, config_class, arguments),
+        build=Builder(model_class, config_class, arguments),
         situations=situations,
         sites=len(arguments.get("layer_types", "1")),
         spellings=spellings,

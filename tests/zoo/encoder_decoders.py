@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from zoo.architecture import Architecture, Batch, Situation
-from zoo.hugging_face import SPECIAL, builder
-from zoo.text_situations import ITEMS, padding, token_ids, without_cache
+from zoo.architecture import Architecture, Batch, Door, Situation
+from zoo.caches import encoder_decoder_cache, fill
+from zoo.hugging_face import SPECIAL, Builder
+from zoo.text_situations import (
+    CAPACITY,
+    ITEMS,
+    PREFIX,
+    SIDES,
+    Side,
+    padding,
+    token_ids,
+    without_cache,
+)
+from zoo.wrappers import WithCache
 
 _BART = {
     "vocab_size": 96,
@@ -41,8 +53,10 @@ _WHISPER = {name: value for name, value in _BART.items() if name != "max_positio
     "suppress_tokens": None,
     "begin_suppress_tokens": None,
 }
-SITES = 6
+SITES, SITES_DECODER = 6, 4
 """Two layers: encoder, decoder, across."""
+ENCODED = 90
+"""Tokens that the encoder has read when only the decoder runs."""
 
 
 def _plain(model: nn.Module, size: int) -> Batch:
@@ -55,13 +69,13 @@ def _plain(model: nn.Module, size: int) -> Batch:
     )
 
 
-def _padded(model: nn.Module, size: int) -> Batch:
-    return Batch(inputs=_plain(model, size).inputs | {"attention_mask": padding(size)})
+def _padded(model: nn.Module, size: int, side: Side) -> Batch:
+    return Batch(inputs=_plain(model, size).inputs | {"attention_mask": padding(size, side)})
 
 
 def _padded_on_both_sides(model: nn.Module, size: int) -> Batch:
-    mask = padding(size).flip(0)
-    inputs = _padded(model, size).inputs | {"decoder_attention_mask": mask}
+    mask = padding(size, "left")
+    inputs = _padded(model, size, "right").inputs | {"decoder_attention_mask": mask}
     return Batch(inputs=inputs, rows=mask.bool())
 
 
@@ -74,11 +88,66 @@ def _sound(model: nn.Module, size: int) -> Batch:
     )
 
 
+def _encoded(model: nn.Module, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(4)
+    width = model.config.d_model
+    hidden = torch.randn(1, length, width, generator=generator)
+    return hidden.to(next(model.parameters()).dtype)
+
+
+def _decoding(model: nn.Module, size: int) -> Batch:
+    return Batch(
+        inputs={
+            "decoder_input_ids": token_ids(size, seed=2),
+            "encoder_hidden": _encoded(model, ENCODED),
+        }
+    )
+
+
+def _cached(
+    model: nn.Module, door: Door, *, capacity: int | None = CAPACITY, prefix: int = PREFIX
+) -> nn.Module:
+    encoded = _encoded(model, ENCODED)
+    cache = encoder_decoder_cache(model, capacity, encoded)
+    if prefix:
+        fill(model, cache, token_ids(prefix, seed=1), encoded)
+    return WithCache(model, cache, exported=door == "export")
+
+
+def _cache_situations(barred: int) -> tuple[Situation, ...]:
+    """Return those in which the decoder alone runs, behind an encoder that has run."""
+    chunk = {"make": _decoding, "dynamic": {"decoder_input_ids": (1,)}, "sizes": (75, 66)}
+    part = {"sites": SITES_DECODER, "barred": barred}
+    return (
+        Situation(
+            name="dynamic cache, chunk", wrap=partial(_cached, capacity=None), **chunk, **part
+        ),
+        Situation(name="static cache, prefill", wrap=partial(_cached, prefix=0), **chunk, **part),
+        Situation(name="static cache, chunk", wrap=_cached, **chunk, **part),
+        Situation(
+            name="static cache, decode",
+            wrap=_cached,
+            make=_decoding,
+            sizes=(1, 1),
+            sites=SITES_DECODER,
+            decodes=True,
+        ),
+    )
+
+
 _TOKENS = {"input_ids": (1,), "decoder_input_ids": (1,)}
 _MASKED = _TOKENS | {"attention_mask": (1,)}
 _TEXT = (
     Situation(name="no mask", wrap=without_cache, make=_plain, dynamic=_TOKENS),
-    Situation(name="left and right padding", wrap=without_cache, make=_padded, dynamic=_MASKED),
+    *(
+        Situation(
+            name=f"{side} padding",
+            wrap=without_cache,
+            make=partial(_padded, side=side),
+            dynamic=_MASKED,
+        )
+        for side in SIDES
+    ),
     Situation(
         name="padding in encoder and decoder",
         wrap=without_cache,
@@ -108,8 +177,8 @@ ARCHITECTURES = tuple(
     Architecture(
         name=name,
         family="encoder-decoder",
-        build=builder(model_class, config_class, arguments),
-        situations=situations,
+        build=Builder(model_class, config_class, arguments),
+        situations=(*situations, *_cache_situations(sum(barred.values()) // 2)),
         sites=SITES,
         barred=barred,
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.architecture import Architecture
-from zoo.hugging_face import SIZES, SPECIAL, builder
+from zoo.hugging_face import SIZES, SPECIAL, Builder
 from zoo.text_situations import ENCODER
 
 _DISTIL = {"vocab_size": 96, "dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4}
@@ -52,7 +52,7 @@ ARCHITECTURES = tuple(
     Architecture(
         name=name,
         family="encoder",
-        build=builder(model_class, config_class, arguments),
+        build=Builder(model_class, config_class, arguments),
         situations=ENCODER,
         sites=2,
         spellings=spellings,

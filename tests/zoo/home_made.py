@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from zoo.architecture import Architecture, Batch, Door, Situation
-from zoo.text_situations import padding
+from zoo.text_situations import SIDES, Side, padding
 from zoo.wrappers import Forward
 
 WIDTH, HEADS = 32, 4
@@ -179,9 +180,8 @@ def _plain(model: nn.Module, size: int) -> Batch:
     return Batch(inputs={"x": _values(model, size)})
 
 
-def _padded(model: nn.Module, size: int) -> Batch:
-    # A causal query that is padding on the left reads nothing: NaN where masks are -inf.
-    mask = padding(size)[[0, 2]].bool()
+def _padded(model: nn.Module, size: int, side: Side) -> Batch:
+    mask = padding(size, side)[:2].bool()
     return Batch(inputs={"x": _values(model, size), "mask": mask}, rows=mask)
 
 
@@ -196,7 +196,17 @@ def _bare(model: nn.Module, door: Door) -> nn.Module:
 
 _TOKENS: dict[str, Any] = {"x": (1,)}
 PLAIN = Situation(name="no mask", wrap=_bare, make=_plain, dynamic=_TOKENS)
-PADDED = Situation(name="right padding", wrap=_bare, make=_padded, dynamic=_TOKENS | {"mask": (1,)})
+LEFT, RIGHT = (
+    Situation(
+        name=f"{side} padding",
+        wrap=_bare,
+        make=partial(_padded, side=side),
+        dynamic=_TOKENS | {"mask": (1,)},
+    )
+    for side in SIDES
+)
+PADDED = (PLAIN, LEFT, RIGHT)
+"""Not on the left where masks are -inf: a causal query that is padding there gets NaN."""
 MEMORY = Situation(name="no mask", wrap=_bare, make=_with_memory, dynamic=_TOKENS)
 
 
@@ -232,10 +242,10 @@ def _layers(layer: type[nn.Module]) -> Callable[[str], nn.Module]:
 _BOTH, _EINSUM, _TORCH = ("sdpa", "eager"), ("einsum",), ("nn",)
 ARCHITECTURES = (
     _architecture("nanogpt", _layers(NanoGPT), (PLAIN,), _BOTH),
-    _architecture("x-transformers-like", _layers(XTransformer), (PLAIN, PADDED), _EINSUM),
-    _architecture("einsum, tokens first", _layers(TokensFirst), (PLAIN, PADDED), _EINSUM),
-    _architecture("fairseq-like", _layers(Fairseq), (PLAIN, PADDED), ("bmm",)),
-    _architecture("nn.TransformerEncoder", lambda _: TorchEncoder(), (PLAIN, PADDED), _TORCH),
+    _architecture("x-transformers-like", _layers(XTransformer), PADDED, _EINSUM),
+    _architecture("einsum, tokens first", _layers(TokensFirst), PADDED, _EINSUM),
+    _architecture("fairseq-like", _layers(Fairseq), (PLAIN, RIGHT), ("bmm",)),
+    _architecture("nn.TransformerEncoder", lambda _: TorchEncoder(), PADDED, _TORCH),
     _architecture("nn.TransformerDecoder", lambda _: TorchDecoder(), (MEMORY,), _TORCH, sites=4),
     _architecture(
         "nn.MultiheadAttention, weights used",

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -35,16 +36,18 @@ def library() -> Any:
     return transformers
 
 
-def builder(
-    model_class: str, config_class: str, arguments: Mapping[str, Any]
-) -> Callable[[str], nn.Module]:
-    """Return the function that builds one model per spelling (``sdpa`` or ``eager``)."""
+@dataclass(frozen=True)
+class Builder:
+    """Builds one model per spelling (``sdpa`` or ``eager``)."""
 
-    def build(spelling: str) -> nn.Module:
-        config = getattr(library(), config_class)(**arguments)
-        return from_config(model_class, config, spelling)
+    model_class: str
+    config_class: str
+    arguments: Mapping[str, Any]
 
-    return build
+    def __call__(self, spelling: str, **changes: Any) -> nn.Module:
+        """Return a model, with some arguments of the configuration changed."""
+        config = getattr(library(), self.config_class)(**{**self.arguments, **changes})
+        return from_config(self.model_class, config, spelling)
 
 
 def from_config(model_class: str, config: Any, spelling: str) -> nn.Module:

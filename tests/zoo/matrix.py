@@ -17,7 +17,7 @@ from zoo import doors
 from zoo.architecture import Architecture, Door
 from zoo.cell import Cell, Row, cells_of
 from zoo.reference import Answer, answer, build, fresh
-from zoo.wrappers import WithStaticCache
+from zoo.wrappers import WithCache
 
 
 class References:
@@ -89,10 +89,10 @@ def _fill(row: Row, cell: Cell, references: References) -> None:
         return
     model = references.model(cell.architecture, cell.spelling)
     row.counted = answers[0].sites
-    if row.counted != cell.architecture.sites:
-        row.note = f"{row.counted} sites ran, the configuration has {cell.architecture.sites}"
+    if row.counted != cell.sites:
+        row.note = f"{row.counted} sites ran, the configuration has {cell.sites}"
         return
-    row.barred = row.counted if cell.situation.decodes else sum(cell.architecture.barred.values())
+    row.barred = cell.barred
     try:
         trial = _try_sparse(cell, model, answers)
     except Exception as cause:
@@ -187,7 +187,7 @@ def _compiled(cell: Cell, model: nn.Module, first: Answer, *, sparse: bool) -> d
     before = {name: buffer.clone() for name, buffer in owner.named_buffers()}
 
     def call(inputs: dict[str, Any]) -> Tensor:
-        if isinstance(module, WithStaticCache):
+        if isinstance(module, WithCache):
             module.forget_calls()
         result = compiled(fresh(inputs))
         for name, buffer in owner.named_buffers():

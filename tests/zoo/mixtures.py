@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from zoo.architecture import Architecture, Situation
-from zoo.hugging_face import DECODER, ONE_LAYER, builder
-from zoo.text_situations import CAUSAL, PADDING, PLAIN
+from zoo.hugging_face import DECODER, ONE_LAYER, Builder
+from zoo.text_situations import CAUSAL, RECURRENT
 
 _EXPERTS = (
     DECODER | ONE_LAYER | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
@@ -65,30 +65,27 @@ _GRANITE = _MIXTRAL | {
 }
 _LFM2 = DECODER | {"layer_types": ["conv", "full_attention"], "block_auto_adjust_ff_dim": False}
 
-_RECURRENT = (PLAIN, PADDING)
-"""Layers with a running state have caches and padding rules of their own."""
-
 _TABLE: dict[str, tuple[str, str, dict[str, Any], tuple[Situation, ...], int]] = {
     "mixtral": ("MixtralForCausalLM", "MixtralConfig", _MIXTRAL, CAUSAL, 1),
     "qwen3-moe": ("Qwen3MoeForCausalLM", "Qwen3MoeConfig", _EXPERTS | {"head_dim": 16}, CAUSAL, 1),
     "deepseek-v3": ("DeepseekV3ForCausalLM", "DeepseekV3Config", _DEEPSEEK, CAUSAL, 2),
     "llama4": ("Llama4ForCausalLM", "Llama4TextConfig", _LLAMA4, CAUSAL, 2),
-    "jamba": ("JambaForCausalLM", "JambaConfig", _JAMBA, _RECURRENT, 1),
-    "qwen3-next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", _QWEN3_NEXT, _RECURRENT, 1),
+    "jamba": ("JambaForCausalLM", "JambaConfig", _JAMBA, RECURRENT, 1),
+    "qwen3-next": ("Qwen3NextForCausalLM", "Qwen3NextConfig", _QWEN3_NEXT, RECURRENT, 1),
     "granite-moe-hybrid": (
         "GraniteMoeHybridForCausalLM",
         "GraniteMoeHybridConfig",
         _GRANITE,
-        _RECURRENT,
+        RECURRENT,
         1,
     ),
-    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", _LFM2, _RECURRENT, 1),
+    "lfm2": ("Lfm2ForCausalLM", "Lfm2Config", _LFM2, RECURRENT, 1),
 }
 ARCHITECTURES = tuple(
     Architecture(
         name=name,
         family="mixture or hybrid",
-        build=builder(model_class, config_class, arguments),
+        build=Builder(model_class, config_class, arguments),
         situations=situations,
         sites=sites,
     )

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import dataclasses
+from functools import partial
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
 from zoo.architecture import Batch, Door, Situation
-from zoo.wrappers import Continue, Forward, WithStaticCache
+from zoo.caches import decoder_cache, fill
+from zoo.wrappers import Continue, Forward, WithCache
 
+Side = Literal["left", "right"]
+SIDES: tuple[Side, ...] = ("left", "right")
 VOCABULARY = 96
 CAPACITY = 200
 """Tokens that a StaticCache holds."""
 PREFIX = 60
 """Tokens in the cache when a call goes on."""
-PADDED = ((0.0, 0.0), (0.4, 0.0), (0.0, 0.3))
-"""Share of the tokens that is padding on the left and on the right, per batch item."""
-ITEMS = len(PADDED)
+SHARES = (0.0, 0.4, 0.15)
+"""Share of the tokens that is padding, per batch item."""
+ITEMS = len(SHARES)
 
 
 def token_ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
@@ -24,11 +31,11 @@ def token_ids(length: int, batch: int = 1, seed: int = 0) -> Tensor:
     return torch.randint(4, VOCABULARY, (batch, length), generator=generator)
 
 
-def padding(length: int) -> Tensor:
-    """Return ``Int64[b length]``: 1 on tokens, 0 on padding; one item of each kind."""
-    left, right = (torch.tensor([row[side] for row in PADDED])[:, None] for side in (0, 1))
-    places = torch.arange(length)[None]
-    return ((places >= left * length) & (places < length - right * length)).long()
+def padding(length: int, side: Side) -> Tensor:
+    """Return ``Int64[b length]``: 1 on tokens, 0 on padding, which is on one side."""
+    shares = torch.tensor(SHARES)[:, None]
+    mask = (torch.arange(length)[None] >= shares * length).long()
+    return mask if side == "left" else mask.flip(1)
 
 
 def _plain(model: nn.Module, size: int) -> Batch:
@@ -36,9 +43,9 @@ def _plain(model: nn.Module, size: int) -> Batch:
     return Batch(inputs={"input_ids": token_ids(size, 2)})
 
 
-def _padded(model: nn.Module, size: int) -> Batch:
+def _padded(model: nn.Module, size: int, side: Side) -> Batch:
     del model
-    mask = padding(size)
+    mask = padding(size, side)
     inputs = {"input_ids": token_ids(size, ITEMS), "attention_mask": mask}
     return Batch(inputs=inputs, rows=mask.bool())
 
@@ -87,21 +94,27 @@ def _continued(model: nn.Module, door: Door) -> nn.Module:
     return Continue(model)
 
 
-def _static_empty(model: nn.Module, door: Door) -> nn.Module:
-    return WithStaticCache(model, CAPACITY, None, exported=door == "export")
-
-
-def _static_filled(model: nn.Module, door: Door) -> nn.Module:
-    prefix = token_ids(PREFIX, seed=1)
-    return WithStaticCache(model, CAPACITY, prefix, exported=door == "export")
+def _cached(
+    model: nn.Module, door: Door, *, capacity: int | None = CAPACITY, prefix: int = PREFIX
+) -> nn.Module:
+    cache = decoder_cache(model, capacity)
+    if prefix:
+        fill(model, cache, token_ids(prefix, seed=1))
+    return WithCache(model, cache, exported=door == "export")
 
 
 _TOKENS = {"input_ids": (1,)}
 _MASKED = _TOKENS | {"attention_mask": (1,)}
 
 PLAIN = Situation(name="no mask", wrap=without_cache, make=_plain, dynamic=_TOKENS)
-PADDING = Situation(
-    name="left and right padding", wrap=without_cache, make=_padded, dynamic=_MASKED
+PADDINGS = tuple(
+    Situation(
+        name=f"{side} padding",
+        wrap=without_cache,
+        make=partial(_padded, side=side),
+        dynamic=_MASKED,
+    )
+    for side in SIDES
 )
 PACKED = Situation(
     name="packed", wrap=_never_cached, make=_packed, dynamic=_TOKENS | {"position_ids": (1,)}
@@ -109,19 +122,30 @@ PACKED = Situation(
 CHUNK = Situation(
     name="dynamic cache, chunk", wrap=_continued, make=_chunk, dynamic=_TOKENS, sizes=(75, 66)
 )
+RECURRENT_CHUNK = Situation(
+    name="dynamic cache, chunk",
+    wrap=partial(_cached, capacity=None),
+    make=_single,
+    dynamic=_TOKENS,
+    sizes=(75, 66),
+)
+"""For layers with a running state, which is no list of keys."""
 STATIC_PREFILL = Situation(
-    name="static cache, prefill", wrap=_static_empty, make=_single, dynamic=_TOKENS
+    name="static cache, prefill",
+    wrap=partial(_cached, prefix=0),
+    make=_single,
+    dynamic=_TOKENS,
 )
 STATIC_CHUNK = Situation(
-    name="static cache, chunk", wrap=_static_filled, make=_single, dynamic=_TOKENS, sizes=(75, 66)
+    name="static cache, chunk", wrap=_cached, make=_single, dynamic=_TOKENS, sizes=(75, 66)
 )
 STATIC_DECODE = Situation(
-    name="static cache, decode", wrap=_static_filled, make=_single, sizes=(1, 1), decodes=True
+    name="static cache, decode", wrap=_cached, make=_single, sizes=(1, 1), decodes=True
 )
 ENCODER_PLAIN = Situation(name="no mask", wrap=_bare, make=_plain, dynamic=_TOKENS)
-ENCODER_PADDING = Situation(
-    name="left and right padding", wrap=_bare, make=_padded, dynamic=_MASKED
-)
+ENCODER_PADDINGS = tuple(dataclasses.replace(padded, wrap=_bare) for padded in PADDINGS)
 
-CAUSAL = (PLAIN, PADDING, PACKED, CHUNK, STATIC_PREFILL, STATIC_CHUNK, STATIC_DECODE)
-ENCODER = (ENCODER_PLAIN, ENCODER_PADDING)
+STATIC = (STATIC_PREFILL, STATIC_CHUNK, STATIC_DECODE)
+CAUSAL = (PLAIN, *PADDINGS, PACKED, CHUNK, *STATIC)
+RECURRENT = (PLAIN, *PADDINGS, RECURRENT_CHUNK, *STATIC)
+ENCODER = (ENCODER_PLAIN, *ENCODER_PADDINGS)

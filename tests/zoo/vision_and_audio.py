@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from zoo.architecture import Architecture, Batch, Door, Situation
-from zoo.hugging_face import builder
+from zoo.hugging_face import Builder
 from zoo.wrappers import Forward
 
 _SIZES = {
@@ -129,7 +129,7 @@ ARCHITECTURES = tuple(
     Architecture(
         name=name,
         family="vision or audio",
-        build=builder(model_class, config_class, arguments),
+        build=Builder(model_class, config_class, arguments),
         situations=situations,
         sites=sites,
         barred=barred,

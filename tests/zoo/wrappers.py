@@ -1,15 +1,19 @@
 """Modules around a model that take one dictionary of tensors and return one tensor.
 
 Both ways into the compiler then see the same thing, and ``torch.export`` sees tensors only.
+Caches are filled and allocated in ``zoo.caches``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from zoo.caches import cache_parts
 
 
 def main_output(output: Any) -> Tensor:
@@ -51,51 +55,54 @@ class Continue(nn.Module):
         return main_output(output)
 
 
-class WithStaticCache(nn.Module):
-    """A model with a StaticCache of its own, as buffers, filled with a prefix.
+class WithCache(nn.Module):
+    """A model with a cache of its own, which every call finds as it was handed in.
 
-    An exporter sees through module attributes only, so that for it the cache's layers are handed
-    the buffers in each call.
+    Tensors of the cache's layers become buffers of this module: an exporter sees through module
+    attributes only, so that for it the layers are handed the buffers in each call.
+
+    Args:
+        model: The model.
+        cache: Empty, allocated or filled.
+        exported: Whether this module goes to an exporter.
+        fixed: More arguments of the model.
     """
 
-    def __init__(
-        self, model: nn.Module, capacity: int, prefix: Tensor | None, *, exported: bool
-    ) -> None:
+    def __init__(self, model: nn.Module, cache: Any, *, exported: bool, **fixed: Any) -> None:
         super().__init__()
-        self.model, self.exported = model, exported
-        self.cache = _static_cache(model, capacity)
-        if prefix is not None:
-            with torch.no_grad():
-                model(input_ids=prefix, past_key_values=self.cache, use_cache=True)
-        self.names, self.numbers = [], []
-        for number, layer in enumerate(self.cache.layers):
-            for name, value in vars(layer).items():
-                if isinstance(value, Tensor):
-                    self.register_buffer(f"{name}_{number}", value, persistent=False)
-                    self.names.append((number, name))
-                elif isinstance(value, int):
-                    self.numbers.append((number, name, value))
+        self.model, self.cache, self.exported, self.fixed = model, cache, exported, fixed
+        self._state: list[tuple[Any, str, Any]] = []
+        for owner in cache_parts(cache):
+            for name, value in vars(owner).items():
+                kept = tree_map(self._keep, value) if isinstance(value, dict | list) else value
+                self._state.append((owner, name, self._keep(kept)))
+
+    def _keep(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        name = f"cached_{sum(1 for _ in self.buffers())}"
+        self.register_buffer(name, value, persistent=False)
+        return _Buffer(name)
 
     def forget_calls(self) -> None:
-        """Set counters that layers keep as Python numbers back to the end of the prefix."""
-        for number, name, value in self.numbers:
-            setattr(self.cache.layers[number], name, value)
+        """Hand the cache's layers what they had at first; the caller resets the buffers."""
+        for owner, name, value in self._state:
+            setattr(owner, name, tree_map(self._restored, value))
+
+    def _restored(self, value: Any) -> Any:
+        return getattr(self, value.name) if isinstance(value, _Buffer) else value
 
     def forward(self, inputs: Mapping[str, Any]) -> Tensor:
         if self.exported:
-            for number, name in self.names:
-                setattr(self.cache.layers[number], name, getattr(self, f"{name}_{number}"))
-        return main_output(self.model(**inputs, past_key_values=self.cache, use_cache=True))
+            self.forget_calls()
+        arguments = dict(inputs) | self.fixed
+        if "encoder_hidden" in arguments:
+            arguments["encoder_outputs"] = (arguments.pop("encoder_hidden"),)
+        return main_output(self.model(**arguments, past_key_values=self.cache, use_cache=True))
 
 
-def _static_cache(model: nn.Module, capacity: int) -> Any:
-    """Return an allocated cache; what a layer keeps is read off a short run."""
-    from transformers import DynamicCache, StaticCache
+@dataclass(frozen=True)
+class _Buffer:
+    """Where a tensor of the cache is kept."""
 
-    config = model.config.get_text_config()
-    cache, sample = StaticCache(config=config, max_cache_len=capacity), DynamicCache()
-    with torch.no_grad():
-        model(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=sample, use_cache=True)
-    for layer, filled in zip(cache.layers, sample.layers, strict=True):
-        layer.lazy_initialization(filled.keys, filled.values)
-    return cache
+    name: str
