@@ -84,7 +84,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tens
     if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
         _count("portable")
         return portable.launch(query, key, value, *rest)
-    reason = _obstacle(engine, query, key, value, *rest[3:5])
+    reason = _obstacle(engine, query, key, value, rest[0], *rest[3:5])
     if reason is None:
         _count("hopper")
         return _import_hopper().launch(query, key, value, *rest)
@@ -99,7 +99,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tens
 
 
 def _obstacle(
-    engine: str, query: Tensor, key: Tensor, value: Tensor, query_block: int, key_block: int
+    engine: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    query_block: int,
+    key_block: int,
 ) -> str | None:
     """Return why the hopper engine does not take a call, or None."""
     try:
@@ -108,7 +114,7 @@ def _obstacle(
         if engine != "auto":
             raise
         return "this Triton lacks what the engine is written in"
-    return hopper.obstacle(query, key, value, query_block, key_block)
+    return hopper.obstacle(query, key, value, indices, query_block, key_block)
 
 
 def _count(answer: str) -> None:

@@ -33,7 +33,7 @@ from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper
 TILE_ROWS = 64
 """Query rows of one group of four warps: what one matrix instruction takes."""
 
-_DIMS = (64, 128, 256)
+_DIMS = (64, 128)
 _DTYPES = (torch.float16, torch.bfloat16)
 _ABSENT_MULTIPROCESSORS = 132
 """Assumed where a launch is only compiled."""
@@ -163,14 +163,19 @@ def _hopper_attention(
 
 
 def obstacle(
-    query: Tensor, key: Tensor, value: Tensor, query_block: int, key_block: int
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, query_block: int, key_block: int
 ) -> str | None:
     """Return why this engine does not take a call, or None.
+
+    A program with one group of consumers was seen to wait for ever at 32,768 tokens (one H200,
+    Triton 3.6; the cause is not known), and head dim 256 was checked at small sizes only, so
+    neither is taken; ``launch`` with a tiling of the caller's still runs them.
 
     Args:
         query: ``Float[b h q d]``.
         key: ``Float[b g k d]``.
         value: ``Float[b g k v]``.
+        indices: ``Int32[b s m n]``.
         query_block: Tokens per query block.
         key_block: Tokens per key block.
     """
@@ -182,6 +187,9 @@ def obstacle(
         return f"head dims {query.shape[3]} and {value.shape[3]}"
     if query_block % TILE_ROWS or key_block % TILE_KEYS:
         return f"blocks of {query_block} x {key_block} tokens"
+    layout = head_layout(query.shape[1], key.shape[1], indices.shape[1])
+    if hopper_tiling(layout, query_block, query.shape[3]).consumers == 1:
+        return "64 query rows share no key tiles with others"
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         reason = _memory_obstacle(tensor)
         if reason is not None:
