@@ -1,7 +1,7 @@
 """Which idea makes gates better? One idea per line, all judged on the same windows in one run.
 
     python benchmarks/gate_ablation.py --model DIR --calibrate C.u16 --tokens T.u16 \\
-        --experiments base sub_block_4 --allocations uniform sensitivity --out results.jsonl
+        --experiments base sub_block_8 --allocations uniform sensitivity --out results.jsonl
 
 An experiment is what it changes of the gate, of the training and of the windows; ``--list`` shows
 them, and ``copies_4+average_0.99`` is both. Gates are trained once per experiment and judged under
@@ -56,7 +56,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "same_cut": Experiment(windows={"cuts": 1}),
     "mixed_lengths": Experiment(windows={"lengths": (2048, 8192, 16384)}),
     "length_16384": Experiment(windows={"lengths": (16384,)}),
-    "sub_block_4": Experiment(gate={"sub_block": 4}),
+    "sub_block_8": Experiment(gate={"sub_block": 8}),
     "sub_block_16": Experiment(gate={"sub_block": 16}),
     "gate_dim_32": Experiment(gate={"gate_dim": 32}),
     "gate_dim_128": Experiment(gate={"gate_dim": 128}),
@@ -87,7 +87,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "searched": Experiment(training={"search_evaluations": 40}),
     "zero_shot": Experiment(training={"steps": 0.0}),
     "zero_shot_statistics": Experiment(training={"steps": 0.0, "start": "statistics"}),
-    "sub_block_4_gate_dim_32": Experiment(gate={"sub_block": 4, "gate_dim": 32}),
+    "sub_block_8_gate_dim_128": Experiment(gate={"sub_block": 8, "gate_dim": 128}),
     "candidate": Experiment(
         training={"start": "statistics", "average": 0.99, "far_rows": 4.0, "learning_rate": 2e-3},
         windows={"copies": 2.0, "lengths": (4096, 8192, 16384)},

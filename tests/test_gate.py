@@ -112,7 +112,7 @@ class TestUntrainedGate:
         inputs = site_inputs(q_len=32, head_dim=32)
         config = GateConfig(query_pools=("max", "min"), key_pools=("max", "min"), gate_dim=32)
         query, _ = gate_for(inputs, config).features(inputs.query, inputs.key)
-        tokens = inputs.query.unflatten(-2, (-1, 8))
+        tokens = inputs.query.unflatten(-2, (-1, config.sub_block))
         torch.testing.assert_close(query, (tokens.amax(-2) + tokens.amin(-2)) / 2)
 
     def test_every_weight_channel_has_a_gradient(self):

@@ -181,6 +181,20 @@ def obstacle(
     """
     if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] != 9:
         return "the device is no Hopper GPU"
+    reason = _shape_obstacle(query, key, value, indices, query_block, key_block)
+    if reason is not None:
+        return reason
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        reason = _memory_obstacle(tensor)
+        if reason is not None:
+            return f"{name} {reason}"
+    return None
+
+
+def _shape_obstacle(
+    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, query_block: int, key_block: int
+) -> str | None:
+    """Return what of dtype, head dims, blocks and heads the engine is not built for, or None."""
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype}"
     if query.shape[3] not in _DIMS or value.shape[3] != query.shape[3]:
@@ -190,10 +204,6 @@ def obstacle(
     layout = head_layout(query.shape[1], key.shape[1], indices.shape[1])
     if hopper_tiling(layout, query_block, query.shape[3]).consumers == 1:
         return "64 query rows share no key tiles with others"
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        reason = _memory_obstacle(tensor)
-        if reason is not None:
-            return f"{name} {reason}"
     return None
 
 
