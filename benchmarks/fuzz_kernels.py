@@ -159,16 +159,18 @@ def main() -> None:
         compile_all(arguments.ops)
     if arguments.compile:
         return
-    results = [run_op(op, arguments) for op in arguments.ops]
+    machine = {}
     if arguments.device == "cuda":
         machine = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
-        results = [{**result, **machine} for result in results]
-    for result in results:
+    failures = 0
+    for op in arguments.ops:
+        result = {**run_op(op, arguments), **machine}
+        failures += result["failures"]
         print(json.dumps(result), flush=True)
         if arguments.out:
             with arguments.out.open("a") as file:
                 file.write(json.dumps(result) + "\n")
-    sys.exit(any(result["failures"] for result in results))
+    sys.exit(failures > 0)
 
 
 if __name__ == "__main__":

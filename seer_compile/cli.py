@@ -138,7 +138,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--allocation",
-        choices=("uniform", "sensitivity", "equal_budget", "equal_marginal"),
+        choices=("uniform", "sensitivity", "searched", "equal_budget", "equal_marginal"),
         help="how the gates of the sites share a density (the best that was measured)",
     )
     parser.add_argument("--sequences", type=int, default=8, help="windows per length")

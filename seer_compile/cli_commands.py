@@ -309,12 +309,15 @@ def _gate_config(kind: str) -> GateConfig:
 
 def _training_config(args: Namespace, kind: str, *, holdout_batches: int = 4) -> CalibrationConfig:
     default = CalibrationConfig()
+    is_paper = kind == "paper"
     return CalibrationConfig(
         steps=args.steps,
         learning_rate=args.learning_rate or default.learning_rate,
         seed=args.seed,
-        # The published gate learns the max-pooled map.
-        target="max" if kind == "paper" else "mass",
+        # The published gate learns the max-pooled map, and every site keeps the same share: with
+        # nothing measured of what sites cost, that is how they share a density.
+        target="max" if is_paper else default.target,
+        sensitivity_batches=0 if is_paper else default.sensitivity_batches,
         holdout_batches=holdout_batches,
     )
 

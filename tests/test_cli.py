@@ -1,12 +1,15 @@
 """The command line: verbs, exit codes, messages, JSON. Nothing here reads a printed table."""
 
+import argparse
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import torch
 
-from seer_compile import cli
+from seer_compile import cli, cli_commands
+from seer_compile.config import CalibrationConfig
 from seer_compile.errors import SeerInputError
 
 EVALUATE = "evaluate --model {model} --tokens {tokens} --device cpu"
@@ -202,3 +205,10 @@ def test_demo_beats_the_static_control_at_the_same_density(tmp_path):
     text = page.read_text()
     assert text.count("<h1>") == 2
     assert "sink_local" in text
+
+
+def test_the_published_gate_gives_every_site_the_same_share():
+    args = argparse.Namespace(steps=5, learning_rate=None, seed=0)
+    paper, ours = (cli_commands._training_config(args, kind) for kind in ("paper", "default"))
+    assert (paper.target, paper.sensitivity_batches) == ("max", 0)
+    assert ours == dataclasses.replace(CalibrationConfig(), steps=5)

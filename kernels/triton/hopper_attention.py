@@ -107,7 +107,10 @@ def _hopper_attention(
     value_ring = _make_ring(value_desc, STAGES, TILES, CONSUMERS)
     rings = (query_ring, key_ring, value_ring)
     item_smem = gl.allocate_shared_memory(gl.int32, [4, 1], mbarrier.MBarrierLayout())
-    meeting = _make_barriers(1, CONSUMERS).index(0)
+    # One consumer meets nobody; a barrier that nobody uses would lend its memory to reductions.
+    meeting = query_ring[1].index(0)
+    if CONSUMERS == 2:
+        meeting = _make_barriers(1, CONSUMERS).index(0)
     # The copy engine must see barriers that are ready.
     hopper.fence_async_shared()
     if offset_ptr is not None:
