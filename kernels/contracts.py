@@ -91,8 +91,10 @@ def _(
     from seer_compile.kernels.triton import pool_features as kernel
 
     _check_features(tokens, weight, size, kinds, padding)
-    if tokens.dtype is torch.float32:
-        # Exact products do not run on the tensor cores: a product of its own is the faster one.
+    if tokens.dtype is torch.float32 or weight.shape[0] > tokens.shape[1]:
+        # Exact products do not run on the tensor cores, and for the query heads of a key head a
+        # product of its own is the faster one: 0.080 ms against 0.111 (one H200, 32,768 tokens, 8
+        # key heads of D128 for 32 query heads).
         return scoring.project(pool.launch(tokens, size, kinds, padding), weight)
     return kernel.launch(tokens, weight, size, kinds, padding)
 
