@@ -37,7 +37,9 @@ def allocate(
     the sites cause one at a time. ``searched`` gives what a search with all sites sparse at once
     found best. ``equal_marginal`` spends them where the measured captured mass
     rises fastest. ``equal_budget`` gives every site the same budget of the selector. No exchange
-    of blocks between two sites would improve the sum of ``sensitivity`` or ``equal_marginal``.
+    of blocks between two sites would improve the sum of ``sensitivity`` or ``equal_marginal``,
+    and neither gives a site blocks that no budget of its selector keeps while another can use
+    them.
 
     Args:
         curves: Measured curve of each site.
@@ -68,8 +70,13 @@ def allocate(
         return _densities_at_one_budget(curves, density, length)
     if allocation == "equal_marginal":
         return _spend({name: _lost_mass(curve, length) for name, curve in curves.items()}, density)
+    reach = {name: curve.reachable_density(length) for name, curve in curves.items()}
     return _spend(
-        {name: _divergence(curve, length) for name, curve in known.items() if curve is not None},
+        {
+            name: _divergence(curve, length, reach[name])
+            for name, curve in known.items()
+            if curve is not None
+        },
         density,
     )
 
@@ -148,7 +155,10 @@ def with_mean(
 
 
 def _spend(losses: Mapping[str, _Points], density: float) -> dict[str, float]:
-    """Minimise the sum of falling losses, given as (density, loss), at a mean density."""
+    """Minimise the sum of falling losses, given as (density, loss), at a mean density.
+
+    What is left when every site is at its last point goes to all, in proportion to their room.
+    """
     hulls = {name: _lower_hull(points) for name, points in losses.items()}
     shares = {name: hull[0][0] for name, hull in hulls.items()}
     segments = [
@@ -163,17 +173,23 @@ def _spend(losses: Mapping[str, _Points], density: float) -> dict[str, float]:
         spent = min(width, left_over)
         shares[name] += spent
         left_over -= spent
+    room = len(shares) - sum(shares.values())
+    if left_over > 0 and room > 0:
+        step = min(1.0, left_over / room)
+        shares = {name: share + step * (1 - share) for name, share in shares.items()}
     return shares
 
 
 def _lost_mass(curve: BudgetCurve, length: float) -> _Points:
     densities = np.maximum.accumulate(curve.row("densities", length))
     lost = 1 - curve.row("captured_mass", length)
-    return list(zip(densities.tolist(), lost.tolist(), strict=True))
+    points = list(zip(densities.tolist(), lost.tolist(), strict=True))
+    return points if curve.reachable_density(length) == 1 else points[:-1]
 
 
-def _divergence(curve: SensitivityCurve, length: float) -> _Points:
-    grid = np.geomspace(curve.least_density(length), 1.0, _GRID_POINTS)
+def _divergence(curve: SensitivityCurve, length: float, reach: float) -> _Points:
+    least = curve.least_density(length)
+    grid = np.geomspace(least, max(reach, least), _GRID_POINTS)
     return list(zip(grid.tolist(), curve.at(length, grid).tolist(), strict=True))
 
 

@@ -71,12 +71,22 @@ class BudgetCurve:
         stays below the asked one.
         """
         known = np.maximum.accumulate(np.maximum(self.row("densities", length), _LEAST_DENSITY))
-        if self.selector == "top_p" and len(known) > 1:
-            is_unresolved = 1 - self.budgets[-2] <= _LEAST_RESOLVED_REST
-            if is_unresolved and known[-2] <= density < known[-1]:
-                return self.budgets[-2]
+        if self.reachable_density(length) <= density < known[-1]:
+            return self.budgets[-2]
         wanted = math.log(max(density, _LEAST_DENSITY))
         return self.from_axis(np.interp(wanted, np.log(known), self.axis()))
+
+    def reachable_density(self, length: float) -> float:
+        """Return the density at a length above which only all blocks are to be had; 1 if any is.
+
+        See :meth:`budget_for`.
+        """
+        if self.selector != "top_p" or len(self.budgets) < 2:
+            return 1.0
+        if 1 - self.budgets[-2] > _LEAST_RESOLVED_REST:
+            return 1.0
+        known = np.maximum(self.row("densities", length), _LEAST_DENSITY)
+        return float(known[:-1].max())
 
     def budget_for_mass(self, length: float, *, mass: float) -> float:
         """Return the smallest budget whose captured mass reaches ``mass`` at a length."""

@@ -63,6 +63,24 @@ def test_the_average_is_kept(allocation, density):
     assert all(0 < share <= 1 + 1e-12 for share in shares.values())
 
 
+@pytest.mark.parametrize("allocation", ["sensitivity", "equal_marginal"])
+def test_blocks_that_a_budget_cannot_give_go_to_sites_that_can_use_them(allocation):
+    # Nearly all mass of the sharp site sits in few blocks: its last budgets are 1 - 1e-14 and 1.
+    tail = {"densities": (0.02, 0.1, 1.0), "budgets": (0.9, 1 - 1e-14, 1.0)}
+    curves = {"sharp": curve((0.9, 0.99, 1.0), **tail), "hard": curve((0.5, 0.7, 1.0))}
+    sensitivities = {
+        "sharp": sensitivity((0.5, 0.4, 0.3, 0.2, 0.1)),
+        "hard": sensitivity((0.5, 0.3, 0.1, 0.01, 0.001)),
+    }
+    shares = allocate(
+        curves, 0.25, length=2048, allocation=allocation, sensitivities=sensitivities
+    )
+    assert curves["sharp"].reachable_density(2048) == 0.1
+    assert curves["hard"].reachable_density(2048) == 1.0
+    assert shares["sharp"] <= 0.1 + 1e-12
+    assert sum(shares.values()) / 2 == pytest.approx(0.25)
+
+
 class TestEqualMarginal:
     @pytest.mark.parametrize("density", [0.06, 0.1, 0.3, 0.7, 1.0])
     def test_no_less_is_captured_than_by_equal_shares(self, density):
