@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from seer_compile.types import SkipCode
-from support.graphs import NEG, B, T
+from support.graphs import NEG, B, D, H, T
 from support.near_misses import NearMisses, attend, positions
 
 near_miss = NearMisses()
@@ -118,6 +118,40 @@ def rows_of_a_triangle_in_an_order_given_at_run_time(q, k, v, order):
 def every_other_row_of_a_triangle(q, k, v):
     wide = torch.ones(2 * T, T, dtype=torch.bool).tril()
     return attend(q, k, v, wide.index_select(0, 2 * torch.arange(T)))
+
+
+def rows_as_heads_and_tokens(q, k, v, mask, *, tokens_first):
+    """Multi-query attention by one product: the rows are queries of all heads."""
+    heads, tokens, dim = H, q.shape[2], D
+    rows = q.transpose(1, 2) if tokens_first else q
+    shape = (tokens, heads) if tokens_first else (heads, tokens)
+    logits = torch.bmm(rows.reshape(B, heads * tokens, dim), k[:, 0].mT).view(B, *shape, tokens)
+    weights = logits.masked_fill(mask, NEG).softmax(-1).view(B, heads * tokens, tokens)
+    out = torch.bmm(weights, v[:, 0]).view(B, *shape, dim)
+    return out.transpose(1, 2) if tokens_first else out
+
+
+@near_miss("causal")
+def rows_of_tokens_and_heads(q, k, v):
+    return rows_as_heads_and_tokens(q, k, v, ~triangle()[:, None], tokens_first=True)
+
+
+@near_miss("causal")
+def rows_of_heads_and_tokens(q, k, v):
+    return rows_as_heads_and_tokens(q, k, v, ~triangle(), tokens_first=False)
+
+
+@near_miss(SkipCode.OPAQUE_MASK)
+def rows_with_a_window_per_head(q, k, v):
+    rows, columns = positions(q, k)
+    widths = 4 * (1 + torch.arange(q.shape[1]))[:, None, None]
+    return rows_as_heads_and_tokens(q, k, v, rows - columns > widths, tokens_first=False)
+
+
+@near_miss(SkipCode.OPAQUE_MASK)
+def rows_of_which_the_mask_tells_heads_only(q, k, v):
+    first = (torch.arange(T) < 4)[None, None] & (torch.arange(q.shape[1]) > 1)[:, None, None]
+    return rows_as_heads_and_tokens(q, k, v, first, tokens_first=False)
 
 
 @near_miss.parametrized()
