@@ -325,9 +325,7 @@ class WholeTransformer(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.model = nn.Transformer(
-            WIDTH, HEADS, 1, 1, 48, batch_first=True, norm_first=True, dropout=0.1
-        )
+        self.model = nn.Transformer(WIDTH, HEADS, 1, 1, 48, batch_first=True, dropout=0.1)
         # As a nested tensor, padding would leave the graph.
         self.model.encoder.enable_nested_tensor = False
 
