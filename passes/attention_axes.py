@@ -9,7 +9,7 @@ keys and values before their repetition, and writes down the layout calls that g
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -56,6 +56,34 @@ class Arrangement:
 class _Candidate:
     operand: Operand
     factor: float
+
+
+def heads_among_rows(products: Products, book: AxisBook, masked: Letters) -> Products:
+    """Tell heads from tokens where rows are both: multi-query attention by one product.
+
+    Rows that read the same keys may be parted in any way; it is the mask that tells the tokens.
+
+    Args:
+        products: The two products.
+        book: Their letters.
+        masked: Letters along which a mask differs.
+    """
+    rows, differing = book.resolve(products.query_tokens), set(book.resolve(masked))
+    tokens = tuple(letter for letter in rows if letter in differing)
+    heads = tuple(letter for letter in rows if letter not in differing)
+    if len(rows) != 2 or not tokens or not heads or not isinstance(book.size(heads), int):
+        return products
+
+    def repeated(states: list[Peeled]) -> list[Peeled]:
+        return [replace(state, repeated=state.repeated | set(heads)) for state in states]
+
+    return replace(
+        products,
+        query_tokens=tokens,
+        batch=(*products.batch, heads),
+        key=repeated(products.key),
+        value=repeated(products.value),
+    )
 
 
 def arrange(

@@ -17,7 +17,7 @@ import torch
 from torch._ops import HigherOrderOperator
 from torch.fx import GraphModule, Node
 
-from seer_compile.passes.attention_axes import Arrangement, arrange
+from seer_compile.passes.attention_axes import Arrangement, arrange, heads_among_rows
 from seer_compile.passes.constant_scalars import ConstantScalars
 from seer_compile.passes.fx_utils import (
     fake_value,
@@ -90,6 +90,7 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
     arrangement = None
     if products is not None:
         masked = _masked_letters(match.mask_terms)
+        products = match.products = heads_among_rows(products, match.book, masked)
         arrangement = arrange(products, match.book, _dtype_of(match.output), masked)
     if match.dropout:
         match.refuse(SkipCode.DROPOUT, f"p={match.dropout:g}")

@@ -49,8 +49,10 @@ def _comparison(name: str) -> Callable[[MaskInterpreter, Node, Index], Value | N
             return None
         left, right = (as_number(value) for value in values if value is not None)
         formula = lift(lambda x, y: _compare(interpreter, name, x, y), left, right)
-        if name == "eq" and isinstance(formula, Unclear):
-            return _same_document(interpreter, node, index, left, right) or formula
+        if name in ("eq", "ne") and isinstance(formula, Unclear):
+            same = _same_document(interpreter, node, index, left, right)
+            if same is not None:
+                return same if name == "eq" else negate(same)
         return formula
 
     return rule

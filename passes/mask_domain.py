@@ -47,10 +47,11 @@ class Flag:
 
 @dataclass(frozen=True, slots=True)
 class Same:
-    """Equality of an integer element per query and one per key."""
+    """Equality of an integer element per query and one per key, or its negation."""
 
     left: Read
     right: Read
+    negated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,7 +107,7 @@ def negate(formula: Formula) -> Formula:
     if isinstance(formula, Flag):
         return Flag(formula.read, not formula.negated)
     if isinstance(formula, Same):
-        return Unclear("only tokens of another document are visible")
+        return Same(formula.left, formula.right, not formula.negated)
     if isinstance(formula, AllOf):
         return either(*(negate(part) for part in formula.parts))
     if isinstance(formula, AnyOf):
@@ -131,7 +132,7 @@ def _combine(
     for formula in formulas:
         parts |= formula.parts if isinstance(formula, kind) else {formula}
     # An unclear part is not its own complement, so only atoms with exact negations cancel.
-    exact = [part for part in parts if isinstance(part, (AtMost, Flag))]
+    exact = [part for part in parts if isinstance(part, (AtMost, Flag, Same))]
     if absorbing in parts or any(negate(part) in parts for part in exact):
         return absorbing
     return parts.pop() if len(parts) == 1 else kind(frozenset(parts))

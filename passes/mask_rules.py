@@ -29,6 +29,7 @@ from seer_compile.passes.mask_domain import (
     lift,
     negate,
 )
+from seer_compile.passes.mask_joins import JOINS
 from seer_compile.passes.mask_layouts import LAYOUTS
 
 aten = torch.ops.aten
@@ -200,6 +201,7 @@ RULES: dict[Any, Rule] = {
     **LAYOUTS,
     **ARITHMETIC,
     **COMPARISONS,
+    **JOINS,
     **LOGIC,
     **dict.fromkeys(
         (

@@ -27,6 +27,8 @@ from seer_compile.passes.mask_domain import (
     Read,
     Same,
     Unclear,
+    both,
+    either,
 )
 from seer_compile.passes.position_runs import positions_within_documents
 from seer_compile.types import SkipCode, SkipReason, Visibility
@@ -62,6 +64,7 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
     Raises:
         NotProvedError: It is none.
     """
+    formula = _without_implied(formula, interpreter)
     if formula == FALSE:
         raise NotProvedError("hides every key")
     atoms = formula.parts if isinstance(formula, AllOf) else frozenset({formula})
@@ -89,11 +92,34 @@ def as_visibility(formula: Formula, interpreter: MaskInterpreter) -> Visibility:
     )
 
 
+def _without_implied(formula: Formula, interpreter: MaskInterpreter) -> Formula:
+    """Leave out the alternatives that imply another one."""
+    if isinstance(formula, AllOf):
+        return both(*(_without_implied(part, interpreter) for part in formula.parts))
+    if not isinstance(formula, AnyOf):
+        return formula
+    kept: list[Any] = []
+    for part in sorted(formula.parts, key=str):
+        if any(_implies(part, other, interpreter) for other in kept):
+            continue
+        kept = [*(other for other in kept if not _implies(other, part, interpreter)), part]
+    return either(*kept)
+
+
+def _implies(part: Any, other: Any, interpreter: MaskInterpreter) -> bool:
+    """Whether one bound holds wherever another does."""
+    if not isinstance(part, AtMost) or not isinstance(other, AtMost):
+        return False
+    return interpreter.ranges.is_at_most_zero(other.expression - part.expression)
+
+
 def _require_atom(formula: Formula) -> None:
     """Refuse what is not understood, and alternatives."""
     unclear = _unclear_within(formula)
     if unclear is not None:
         raise NotProvedError(unclear.why, unclear.code)
+    if isinstance(formula, Same) and formula.negated:
+        raise NotProvedError("only tokens of another document are visible")
     if not isinstance(formula, (Flag, Same, AtMost)):
         raise NotProvedError("a key is visible under one of several conditions")
 

@@ -90,7 +90,7 @@ def compiled_entry(
             return compiled(*args, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             return _exported(plain, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             if is_inner or is_decoding_step(kwargs):
@@ -105,6 +105,12 @@ def compiled_entry(
             raise
 
     return call
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """Whether an export runs, asked while tracing: the Dynamo of torch 2.11 says yes by itself."""
+    return torch.compiler.is_exporting()
 
 
 def _one_graph_under_data_parallel() -> contextlib.AbstractContextManager[Any]:

@@ -99,9 +99,10 @@ def test_a_forward_wrapped_after_optimize_works_on_and_outlives_it():
 
 
 @torch.no_grad()
-def test_surrounding_compile_does_not_trace_through():
+@pytest.mark.parametrize("way", ["forward", "__call__"])
+def test_surrounding_compile_does_not_trace_through(way):
     model = optimized()
-    outer = torch.compile(lambda tokens: model.forward(tokens) * 2, backend="eager")
+    outer = torch.compile(lambda tokens: getattr(model, way)(tokens) * 2, backend="eager")
     expected = model(token_ids(100)) * 2
     assert torch.equal(outer(token_ids(100)), expected)
     assert model.seer_report().calls == TWICE

@@ -128,6 +128,9 @@ class MaskProgram:
             row * 2 >= column + shift,
             row // 3 >= column // 3,
             numbers[self.item, column] <= numbers[self.item, row] + shift,
+            torch.cat([square[:, :4] == 1, square[:, 4:].tril(shift) == 1], -1),
+            torch.cat([square[:3].tril(shift), square[3:].tril(shift + 3)]) == 1,
+            square.tril(shift).index_select(0, torch.arange(self.tokens)) == 1,
         )
         return self.random.choice(variants)
 
@@ -141,6 +144,7 @@ class MaskProgram:
             integers[:, None, None, :] != 0,
             documents[:, None, : self.tokens, None] == documents[:, None, None, :],
             documents[item, row] == documents[item, column],
+            documents[:, None, : self.tokens, None] != documents[:, None, None, :],
             runs[item, row] == runs[item, column],
             (runs[item, row] == runs[item, column]) & (numbers[item, column] <= numbers[item, row]),
             numbers[:, None, None, :] <= numbers[:, None, : self.tokens, None],

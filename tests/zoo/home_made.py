@@ -170,36 +170,38 @@ class Weighing(nn.Module):
         return out * weights.amax(dim=-1, keepdim=True)
 
 
-def _values(model: nn.Module, size: int, seed: int = 0) -> Tensor:
+def values(model: nn.Module, size: int, seed: int = 0) -> Tensor:
+    """Return tokens ``b t c``."""
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(2, size, WIDTH, generator=generator)
     return values.to(next(model.parameters()).dtype)
 
 
 def _plain(model: nn.Module, size: int) -> Batch:
-    return Batch(inputs={"x": _values(model, size)})
+    return Batch(inputs={"x": values(model, size)})
 
 
 def _padded(model: nn.Module, size: int, side: Side) -> Batch:
     mask = padding(size, side)[:2].bool()
-    return Batch(inputs={"x": _values(model, size), "mask": mask}, rows=mask)
+    return Batch(inputs={"x": values(model, size), "mask": mask}, rows=mask)
 
 
 def _with_memory(model: nn.Module, size: int) -> Batch:
-    return Batch(inputs={"x": _values(model, size), "memory": _values(model, 90, seed=1)})
+    return Batch(inputs={"x": values(model, size), "memory": values(model, 90, seed=1)})
 
 
-def _bare(model: nn.Module, door: Door) -> nn.Module:
+def bare(model: nn.Module, door: Door) -> nn.Module:
+    """Wrap as it is."""
     del door
     return Forward(model)
 
 
 _TOKENS: dict[str, Any] = {"x": (1,)}
-PLAIN = Situation(name="no mask", wrap=_bare, make=_plain, dynamic=_TOKENS)
+PLAIN = Situation(name="no mask", wrap=bare, make=_plain, dynamic=_TOKENS)
 LEFT, RIGHT = (
     Situation(
         name=f"{side} padding",
-        wrap=_bare,
+        wrap=bare,
         make=partial(_padded, side=side),
         dynamic=_TOKENS | {"mask": (1,)},
     )
@@ -207,10 +209,10 @@ LEFT, RIGHT = (
 )
 PADDED = (PLAIN, LEFT, RIGHT)
 """Not on the left where masks are -inf: a causal query that is padding there gets NaN."""
-MEMORY = Situation(name="no mask", wrap=_bare, make=_with_memory, dynamic=_TOKENS)
+MEMORY = Situation(name="no mask", wrap=bare, make=_with_memory, dynamic=_TOKENS)
 
 
-def _architecture(
+def home_made(
     name: str,
     make: Callable[[str], nn.Module],
     situations: tuple[Situation, ...],
@@ -219,6 +221,8 @@ def _architecture(
     sites: int = 2,
     barred: dict[str, int] | None = None,
 ) -> Architecture:
+    """Return an architecture from a function that builds it per spelling."""
+
     def build(spelling: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
@@ -235,19 +239,20 @@ def _architecture(
     )
 
 
-def _layers(layer: type[nn.Module]) -> Callable[[str], nn.Module]:
+def layers(layer: type[nn.Module]) -> Callable[[str], nn.Module]:
+    """Return how two layers of a kind are built."""
     return lambda spelling: Residual(layer, spelling)
 
 
 _BOTH, _EINSUM, _TORCH = ("sdpa", "eager"), ("einsum",), ("nn",)
 ARCHITECTURES = (
-    _architecture("nanogpt", _layers(NanoGPT), (PLAIN,), _BOTH),
-    _architecture("x-transformers-like", _layers(XTransformer), PADDED, _EINSUM),
-    _architecture("einsum, tokens first", _layers(TokensFirst), PADDED, _EINSUM),
-    _architecture("fairseq-like", _layers(Fairseq), (PLAIN, RIGHT), ("bmm",)),
-    _architecture("nn.TransformerEncoder", lambda _: TorchEncoder(), PADDED, _TORCH),
-    _architecture("nn.TransformerDecoder", lambda _: TorchDecoder(), (MEMORY,), _TORCH, sites=4),
-    _architecture(
+    home_made("nanogpt", layers(NanoGPT), (PLAIN,), _BOTH),
+    home_made("x-transformers-like", layers(XTransformer), PADDED, _EINSUM),
+    home_made("einsum, tokens first", layers(TokensFirst), PADDED, _EINSUM),
+    home_made("fairseq-like", layers(Fairseq), (PLAIN, RIGHT), ("bmm",)),
+    home_made("nn.TransformerEncoder", lambda _: TorchEncoder(), PADDED, _TORCH),
+    home_made("nn.TransformerDecoder", lambda _: TorchDecoder(), (MEMORY,), _TORCH, sites=4),
+    home_made(
         "nn.MultiheadAttention, weights used",
         lambda _: Weighing(),
         (PLAIN,),

@@ -9,6 +9,7 @@ from zoo import (
     encoders,
     home_made,
     mixtures,
+    spellings,
     timm_models,
     vision_and_audio,
     vision_language,
@@ -25,6 +26,7 @@ FAMILIES = (
     timm_models,
     diffusion,
     home_made,
+    spellings,
 )
 ARCHITECTURES: dict[str, Architecture] = {
     architecture.name: architecture for family in FAMILIES for architecture in family.ARCHITECTURES
