@@ -90,7 +90,7 @@ def compiled_entry(
             return compiled(*args, **kwargs)
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        if torch.compiler.is_exporting():
+        if _is_exporting():
             return _exported(plain, *args, **kwargs)
         if torch.compiler.is_dynamo_compiling():
             if is_inner or is_decoding_step(kwargs):
@@ -105,6 +105,12 @@ def compiled_entry(
             raise
 
     return call
+
+
+@torch.compiler.assume_constant_result
+def _is_exporting() -> bool:
+    """Whether ``torch.export`` runs; asked in Python, as Dynamo of torch 2.11 takes it for True."""
+    return torch.compiler.is_exporting()
 
 
 def _one_graph_under_data_parallel() -> contextlib.AbstractContextManager[Any]:
