@@ -109,7 +109,7 @@ def compiled_entry(
 
 @torch.compiler.assume_constant_result
 def _is_exporting() -> bool:
-    """Whether an export runs, asked while tracing: the Dynamo of torch 2.11 says yes by itself."""
+    """Whether ``torch.export`` runs; asked in Python, as Dynamo of torch 2.11 takes it for True."""
     return torch.compiler.is_exporting()
 
 

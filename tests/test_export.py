@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -33,6 +34,18 @@ def optimized(model=None, **options):
     seer_compile.optimize(model, zero_shot=True, inner="eager", **options)
     answer_sparsely(model.seer_gates)
     return model
+
+
+def run_apart(code):
+    """Run a program in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
+        capture_output=True,
+        text=True,
+        env={**os.environ},
+        timeout=240,
+        check=False,
+    )
 
 
 def gated_calls(program):
@@ -183,14 +196,7 @@ def test_saved_program_loads_in_another_process(program, tmp_path):
         assert not torch.equal(full, sparse)
         print("equal")
     """
-    done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ},
-        timeout=240,
-        check=False,
-    )
+    done = run_apart(code)
     assert done.stdout.strip() == "equal", done.stderr[-3000:]
 
 
@@ -219,22 +225,39 @@ def test_hugging_face_model_is_exported_with_a_dynamic_length():
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_aot_inductor_package_answers_and_takes_a_new_budget(program, tmp_path, monkeypatch):
-    # The packager leaves the platform here, for good.
-    monkeypatch.setattr(torch._inductor.config.aot_inductor, "metadata", {})
+def test_aot_inductor_package_answers_and_takes_a_new_budget(program, tmp_path):
     seer_compile.set_budget(program, mass=1.0)
-    path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
-    )
-    package = torch._inductor.aoti_load_package(path)
-    for length in (333, 100):
-        tokens = token_ids(length)
-        assert torch.allclose(package(tokens), program.module()(tokens), atol=1e-5)
+    # The packager leaves the platform in this setting, for good.
+    with torch._inductor.config.patch({"aot_inductor.metadata": {}}):
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
+    calls = [(tokens, program.module()(tokens)) for tokens in (token_ids(333), token_ids(100))]
     seer_compile.set_budget(program, mass=0.05)
     budgets = {name: t for name, t in program.state_dict.items() if name.endswith(".budget")}
-    package.load_constants(budgets, check_full_update=False)
     tokens = token_ids(500)
     sparse = program.module()(tokens)
-    assert torch.allclose(package(tokens), sparse, atol=1e-5)
+    torch.save((calls, budgets, tokens, sparse), tmp_path / "expected.pt")
     seer_compile.set_budget(program, mass=1.0)
     assert (sparse - program.module()(tokens)).abs().max() > 1e-4
+    code = f"""
+        import torch, seer_compile
+        package = torch._inductor.aoti_load_package(r"{path}")
+        calls, budgets, tokens, sparse = torch.load(r"{tmp_path / "expected.pt"}")
+        for before, expected in calls:
+            assert torch.allclose(package(before), expected, atol=1e-5)
+        package.load_constants(budgets, check_full_update=False)
+        assert torch.allclose(package(tokens), sparse, atol=1e-5)
+        print("equal")
+    """
+    # In a process of its own: the loader is C++, and where it crashes it takes the process along.
+    done = run_apart(code)
+    if done.returncode == -signal.SIGSEGV and is_known_to_crash_at_loading():
+        pytest.skip("torch 2.11 built for CUDA crashes in its own loader where it sees no GPU")
+    assert done.stdout.strip() == "equal", done.stderr[-3000:]
+
+
+def is_known_to_crash_at_loading():
+    """Seen with torch 2.11.0+cu130 under a driver whose GPUs are hidden; not without a driver."""
+    is_cuda_build = torch.version.cuda is not None
+    return torch.__version__ < (2, 12) and is_cuda_build and not torch.cuda.is_available()

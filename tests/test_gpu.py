@@ -180,14 +180,14 @@ def test_a_cuda_graph_holds_a_forward(mode):
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_aot_inductor_package_answers_on_the_gpu(tmp_path, monkeypatch):
-    # The packager leaves the platform here, for good.
-    monkeypatch.setattr(torch._inductor.config.aot_inductor, "metadata", {})
+def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
     model = optimized(plain())
     program = seer_compile.export(model, (token_ids(100).to(DEVICE),), dynamic_shapes=LENGTHS)
-    path = torch._inductor.aoti_compile_and_package(
-        program, package_path=str(tmp_path / "model.pt2")
-    )
+    # The packager leaves the platform in this setting, for good.
+    with torch._inductor.config.patch({"aot_inductor.metadata": {}}):
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "model.pt2")
+        )
     tokens = token_ids(333).to(DEVICE)
     package = torch._inductor.aoti_load_package(path)
     assert relative(package(tokens), program.module()(tokens)) < LIMIT[torch.float32]

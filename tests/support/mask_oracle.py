@@ -61,11 +61,17 @@ def inspect_graph(captured, root=None):
 
 def inspect(model, *args, dynamic=None, **kwargs):
     """Inspect the only graph of a call."""
+    graphs = inspect_graphs(model, *args, dynamic=dynamic, **kwargs)
+    assert len(graphs) == 1, f"{len(graphs)} graphs"
+    return graphs[0]
+
+
+def inspect_graphs(model, *args, dynamic=None, **kwargs):
+    """Inspect every graph of a call."""
     root = model if isinstance(model, torch.nn.Module) else None
     with torch.no_grad():
         graphs = capture_graphs(model, args, kwargs, dynamic=dynamic)
-    assert len(graphs) == 1, f"{len(graphs)} graphs"
-    return inspect_graph(graphs[0], root)
+    return [inspect_graph(graph, root) for graph in graphs]
 
 
 class _Recorder(Interpreter):

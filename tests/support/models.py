@@ -90,6 +90,26 @@ def architecture(name, attention="sdpa") -> nn.Module:
     return ARCHITECTURES[name].build(attention, **CHANGES[name], **lengths)
 
 
+def breaks_its_graph(model) -> bool:
+    """Whether Dynamo cuts the forward of a Hugging Face model that makes its own cache.
+
+    An encoder-decoder copies its configuration for it, with ``copy.deepcopy``, which Dynamo of
+    torch 2.11 does not follow: encoder and decoder are graphs of their own there.
+    """
+    if not model.config.is_encoder_decoder:
+        return False
+
+    def copies(x):
+        model.config.get_text_config(decoder=True)
+        return x + 1
+
+    try:
+        torch.compile(copies, backend="eager", fullgraph=True)(torch.zeros(1))
+    except torch._dynamo.exc.Unsupported:
+        return True
+    return False
+
+
 def inputs_of(name, length=130, seed=0) -> dict[str, Tensor]:
     """Keyword arguments of one forward."""
     generator = torch.Generator().manual_seed(seed)
