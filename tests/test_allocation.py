@@ -72,9 +72,7 @@ def test_blocks_that_a_budget_cannot_give_go_to_sites_that_can_use_them(allocati
         "sharp": sensitivity((0.5, 0.4, 0.3, 0.2, 0.1)),
         "hard": sensitivity((0.5, 0.3, 0.1, 0.01, 0.001)),
     }
-    shares = allocate(
-        curves, 0.25, length=2048, allocation=allocation, sensitivities=sensitivities
-    )
+    shares = allocate(curves, 0.25, length=2048, allocation=allocation, sensitivities=sensitivities)
     assert curves["sharp"].reachable_density(2048) == 0.1
     assert curves["hard"].reachable_density(2048) == 1.0
     assert shares["sharp"] <= 0.1 + 1e-12
