@@ -28,6 +28,10 @@ from seer_compile.graph_log import GraphRecord
 from seer_compile.types import SiteHandler
 
 _numbers = itertools.count()
+_TAKEN_ELSEWHERE = (
+    "PyTorch is at its limit of recompiles and answers with a graph that was made to calibrate or "
+    "measure, so attention stays dense; raise torch._dynamo.config.recompile_limit."
+)
 
 
 def isolated_entry(model: nn.Module, *, is_forward: bool = False) -> Callable[..., Any]:
@@ -154,6 +158,7 @@ class SiteRunner:
         """What the pipeline returned per graph; kept in mode ``discover`` only."""
         self._root = weakref.ref(model)
         self._current = threading.local()
+        self._running: set[int] = set()  # threads, by their number
         self._entry = compiled_entry(model, WeakBackend(self, "compile"))
 
     def run(
@@ -170,12 +175,14 @@ class SiteRunner:
             ModelStateError: The forward did not go through the rewritten graphs.
         """
         self._current.handler, self._current.answers = handler, 0
+        self._running.add(threading.get_ident())
         try:
             with torch.no_grad():
                 result = self._entry(model, *args, **kwargs)
             answers = self._current.answers
         finally:
             self._current.handler = None
+            self._running.discard(threading.get_ident())
         expects_answers = any(
             site.decision == "sparse" for record in self.records for site in record.sites
         )
@@ -208,7 +215,23 @@ class SiteRunner:
             self.results.append(result)
         if result.summaries:
             pin_frame(graph_module)
-        return result.graph_module.forward
+        if self.mode == "discover":
+            return result.graph_module.forward
+        return self._in_own_runs(result.graph_module, graph_module)
+
+    def _in_own_runs(self, rewritten: GraphModule, plain: GraphModule) -> Callable[..., Any]:
+        """Return a call of the rewritten graph, or of the plain one where this runs nothing.
+
+        At its limit on recompiles Dynamo takes any graph whose guards hold, of whichever backend.
+        """
+
+        def run(*args: Any) -> Any:
+            if self._running:
+                return rewritten.forward(*args)
+            warnings.warn(_TAKEN_ELSEWHERE, DenseFallbackWarning, stacklevel=2)
+            return plain.forward(*args)
+
+        return run
 
     def _answerer(self) -> SiteHandler:
         handler = getattr(self._current, "handler", None)

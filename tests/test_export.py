@@ -159,6 +159,14 @@ def test_plain_torch_export_of_an_optimized_model_warns():
     assert gated_calls(plain) == 0
 
 
+def test_strict_torch_export_of_an_optimized_model_is_the_dense_one():
+    """Dynamo traces it: within that trace, an export must be told from a surrounding compile."""
+    model, tokens = optimized(), token_ids(100)
+    plain = torch.export.export(model, (tokens,), strict=True)
+    assert gated_calls(plain) == 0
+    assert torch.allclose(plain.module()(tokens), decoder()(tokens), atol=1e-6)
+
+
 @torch.no_grad()
 def test_written_out_attention_is_exported_sparse():
     torch.manual_seed(0)

@@ -144,6 +144,7 @@ def test_exported_program_answers_on_the_gpu_and_keeps_its_knob():
     assert relative(program.module()(tokens), model(tokens)) < LIMIT[torch.float32]
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 @torch.no_grad()
 def test_a_sparse_forward_never_waits_for_the_device():
     model, tokens = plain(torch.bfloat16), token_ids(600).to(DEVICE)

@@ -18,6 +18,7 @@ from torch import nn
 
 import seer_compile
 from seer_compile.config import CalibrationConfig
+from seer_compile.errors import DenseFallbackWarning
 from seer_compile.session import find_session
 from support.models import Attention, architecture, decoder, token_ids
 from support.rewriting import answer_sparsely
@@ -157,22 +158,24 @@ def test_copies_keep_names_and_have_gates_of_their_own(way):
     assert torch.equal(model(tokens), expected)
 
 
+class Broken(nn.Module):
+    """A decoder whose layers are graphs of their own."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = decoder()
+
+    def forward(self, tokens):
+        x = self.inner.embed(tokens)
+        for layer in self.inner.layers:
+            torch._dynamo.graph_break()
+            x = x + layer(self.inner.norm(x))
+        return self.inner.head(x)
+
+
 @torch.no_grad()
 def test_parts_between_graph_breaks_keep_their_gates():
     """Each layer is a graph of its own, which Dynamo would hand on to the next layer."""
-
-    class Broken(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = decoder()
-
-        def forward(self, tokens):
-            x = self.inner.embed(tokens)
-            for layer in self.inner.layers:
-                torch._dynamo.graph_break()
-                x = x + layer(self.inner.norm(x))
-            return self.inner.head(x)
-
     names = {f"inner.{name}" for name in SITES}
     model = optimized(Broken())
     assert set(model.seer_gates.names()) == names
@@ -182,6 +185,18 @@ def test_parts_between_graph_breaks_keep_their_gates():
     assert paths_of(model) == {name: {"sparse"} for name in names}
     twin = tell_apart(optimized())
     assert torch.allclose(got, twin(tokens), atol=1e-6)
+
+
+def test_a_graph_of_calibration_that_dynamo_runs_in_a_plain_call_is_dense():
+    """At its limit Dynamo takes any graph that fits, whichever compile made it."""
+    model, tokens = Broken(), token_ids(128)
+    seer_compile.optimize(model, inner="eager")
+    data = [token_ids(128, seed=seed) for seed in range(3)]
+    seer_compile.calibrate(model, data, config=QUICK, density=0.3, progress=False)
+    with torch.no_grad(), torch._dynamo.config.patch(recompile_limit=1):
+        with pytest.warns(DenseFallbackWarning, match="recompile_limit"):
+            got = model(tokens)
+        assert torch.equal(got, Broken()(tokens))
 
 
 @torch.no_grad()

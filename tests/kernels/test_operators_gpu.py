@@ -126,6 +126,7 @@ def test_slabs_on_cuda_give_what_the_whole_gives(monkeypatch):
     assert_bitwise_equal(streamed, whole)
 
 
+@pytest.mark.filterwarnings("ignore:Synchronization debug mode is a prototype:UserWarning")
 def test_offset_on_the_device_is_never_read_by_the_host():
     inputs = attention_inputs(
         heads=8, kv_heads=2, q_len=512, k_len=1024, head_dim=64, dtype=torch.bfloat16, device=CUDA

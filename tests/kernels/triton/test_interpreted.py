@@ -20,9 +20,11 @@ ROOT = FOLDER.parents[2]
 
 
 @pytest.mark.parametrize("name", ["attention", "maps", "selection", "hopper"])
-def test_kernels_pass_under_the_interpreter(name):
+def test_kernels_pass_under_the_interpreter(name, pytestconfig):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(FOLDER / f"interpreted_{name}.py")]
+    # Plugins that are turned off here stay off there.
+    command += [f"-p{plugin}" for plugin in pytestconfig.getoption("plugins")]
     result = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False
     )
