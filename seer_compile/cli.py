@@ -72,7 +72,7 @@ def _add_common(parser: argparse.ArgumentParser, *, device: str = "auto") -> Non
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=1000, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="training steps (%(default)s)")
     parser.add_argument(
         "--calibration-lengths",
         "--calibration-length",

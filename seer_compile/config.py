@@ -162,7 +162,7 @@ TARGETS = ("mass", "max", "value")
 class CalibrationConfig:
     """How gates are trained. Steps count batches."""
 
-    steps: int = 1000
+    steps: int = 2000
     """0 trains nothing: what the gates are at first is measured."""
     start: Literal["identity", "statistics", "current"] = "identity"
     """Gates at the first step: ``identity`` ranks by means, ``statistics`` by a convex fit to one
