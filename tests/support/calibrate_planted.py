@@ -17,7 +17,7 @@ from seer_compile.gate_store import GateStore
 from seer_compile.types import BlockSize
 from support.planted import BLOCK, PlantedModel, batches
 
-GATES = GateConfig(gate_dim=32, block_size=BlockSize(query=BLOCK, key=BLOCK))
+GATES = GateConfig(sub_block=8, gate_dim=32, block_size=BlockSize(query=BLOCK, key=BLOCK))
 TRAINING = CalibrationConfig(
     steps=40, warmup_steps=4, learning_rate=1e-2, holdout_batches=1, checkpoint_every=3
 )
