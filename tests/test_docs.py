@@ -15,6 +15,7 @@ import torch
 import seer_compile
 from seer_compile.types import SkipCode
 from support.inputs import generator
+from support.models import excused_where_inductor_cannot_decode
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -100,7 +101,8 @@ def test_readme_example_runs(tmp_path, monkeypatch):
         "tokens": tokens,
         "data": [tokens.roll(shift) for shift in range(5)],
     }
-    exec(compile(code.replace("density=0.1", short), "README.md", "exec"), names)
+    with excused_where_inductor_cannot_decode():
+        exec(compile(code.replace("density=0.1", short), "README.md", "exec"), names)
     assert names["output"].shape == (1, 192 + 20)
     assert (tmp_path / "gates.safetensors").stat().st_size > 0
     assert "<html" in (tmp_path / "report.html").read_text()
