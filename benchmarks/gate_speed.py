@@ -26,7 +26,7 @@ from seer_compile.types import Visibility
 
 Row = dict[str, Any]
 Timed = Callable[..., Row]
-KINDS, SUB_BLOCK, BLOCK, GATE_DIM = "mean,max,min", 8, 64, 64
+KINDS, SUB_BLOCK, BLOCK, GATE_DIM = "mean,max,min", 4, 64, 64
 
 
 def tried(label: Row, check: Callable[[], None], timed: Timed, run: Callable[[], Any]) -> Row:
