@@ -70,6 +70,29 @@ def _clean_values(
 
 
 @gluon.jit
+def _logits_alone(query, key_ring, slot, phase, TILES: gl.constexpr, NEGATE: gl.constexpr):
+    """Return the logits of the one tile of a slot, and free the slot of its keys."""
+    key_smem, full, empty = key_ring
+    mbarrier.wait(full.index(slot), phase)
+    product = logits(query, key_smem, slot * TILES)
+    product = hopper.warpgroup_mma_wait(0, deps=(product,))
+    mbarrier.arrive(empty.index(slot), count=1)
+    if NEGATE:
+        product = -product
+    return product
+
+
+@gluon.jit
+def _values_alone(operand, value_ring, slot, accumulator, TILES: gl.constexpr):
+    """Add the products with the one tile of a slot, and free the slot of its values."""
+    value_smem, _, empty = value_ring
+    token = add_values(operand, value_smem, slot * TILES, accumulator)
+    accumulator, operand = hopper.warpgroup_mma_wait(0, deps=(token, operand))
+    mbarrier.arrive(empty.index(slot), count=1)
+    return accumulator
+
+
+@gluon.jit
 def attend_masked(
     query,
     list_ptr,
@@ -93,19 +116,13 @@ def attend_masked(
     """Attend to the tiles that need a mask, one after the other; ``tile`` is the first of them."""
     accumulator, running_max, running_sum, spoilt_rows = state
     slot, phase, meetings = cursor
-    key_smem, key_full, key_empty = key_ring
-    value_smem, value_full, value_empty = value_ring
+    value_smem, value_full, _ = value_ring
     dtype: gl.constexpr = value_smem.dtype
     layout: gl.constexpr = accumulator.type.layout
     for step in range(masked):
         visible = visibility(queries, tile * 64, batch, band, rules)
         tile = gl.load(list_ptr + gl.minimum(step + 1, masked - 1))
-        mbarrier.wait(key_full.index(slot), phase)
-        product = logits(query, key_smem, slot * TILES)
-        product = hopper.warpgroup_mma_wait(0, deps=(product,))
-        mbarrier.arrive(key_empty.index(slot), count=1)
-        if NEGATE:
-            product = -product
+        product = _logits_alone(query, key_ring, slot, phase, TILES, NEGATE)
         probability, rescale, running_max, running_sum = softmax_masked(
             product, visible, running_max, running_sum, qk_scale
         )
@@ -124,9 +141,7 @@ def attend_masked(
         # What this group wrote is for the matrix unit to read, what it read for a copy to replace.
         hopper.fence_async_shared()
         meet_warps()
-        token = add_values(operand, value_smem, slot * TILES, accumulator)
-        accumulator, operand = hopper.warpgroup_mma_wait(0, deps=(token, operand))
-        mbarrier.arrive(value_empty.index(slot), count=1)
+        accumulator = _values_alone(operand, value_ring, slot, accumulator, TILES)
         slot, phase = next_slot(slot, phase, STAGES)
     return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
 
@@ -146,24 +161,16 @@ def attend_one(
     """Attend to a tile that needs no mask and has a slot to itself: the odd one of a list."""
     accumulator, running_max, running_sum, spoilt_rows = state
     slot, phase, meetings = cursor
-    key_smem, key_full, key_empty = key_ring
-    value_smem, value_full, value_empty = value_ring
+    value_smem, value_full, _ = value_ring
     layout: gl.constexpr = accumulator.type.layout
-    mbarrier.wait(key_full.index(slot), phase)
-    product = logits(query, key_smem, slot * TILES)
-    product = hopper.warpgroup_mma_wait(0, deps=(product,))
-    mbarrier.arrive(key_empty.index(slot), count=1)
-    if NEGATE:
-        product = -product
+    product = _logits_alone(query, key_ring, slot, phase, TILES, NEGATE)
     probability, _, rescale, running_max, running_sum = softmax_whole(
         product, product, running_max, running_sum, qk_scale, 1
     )
     accumulator = scale_rows(accumulator, rescale)
     operand = as_operand(probability, value_smem.dtype, layout)
     mbarrier.wait(value_full.index(slot), phase)
-    token = add_values(operand, value_smem, slot * TILES, accumulator)
-    accumulator, operand = hopper.warpgroup_mma_wait(0, deps=(token, operand))
-    mbarrier.arrive(value_empty.index(slot), count=1)
+    accumulator = _values_alone(operand, value_ring, slot, accumulator, TILES)
     slot, phase = next_slot(slot, phase, STAGES)
     return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
 
