@@ -13,6 +13,7 @@ from torch import Tensor
 
 import seer_compile.kernels.ops  # noqa: F401  (registers the operators called below)
 from seer_compile.budget_curve import check_fraction
+from seer_compile.gate import AttnGate
 from seer_compile.types import BlockSelection, BlockSize, SiteInputs
 
 
@@ -156,3 +157,27 @@ def attend(inputs: SiteInputs, selection: BlockSelection, block_size: BlockSize)
         block_size.key,
         *inputs.visibility.as_arguments().values(),
     )[0]
+
+
+def attend_at_density(
+    gate: AttnGate, inputs: SiteInputs, density: float
+) -> tuple[Tensor, MatchedSelection]:
+    """Answer a site by its gate's own scores and kind of selector, at a density.
+
+    Args:
+        gate: Of the site.
+        inputs: Operands of the site.
+        density: Kept / visible blocks, in (0, 1].
+
+    Returns:
+        ``Float[b h q v]`` without gradients, and what was kept.
+    """
+    with torch.inference_mode(False), torch.no_grad():
+        matched = match_density(
+            gate.block_scores(inputs),
+            inputs,
+            gate.config.block_size,
+            selector="fraction" if gate.config.selector.name == "fraction" else "top_p",
+            density=density,
+        )
+        return attend(inputs, matched.selection, gate.config.block_size), matched

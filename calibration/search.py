@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 
 from seer_compile.allocation import allocate, least_densities, with_mean
 from seer_compile.calibration import distributed
-from seer_compile.calibration.matching import attend, match_density
+from seer_compile.calibration.matching import attend_at_density
 from seer_compile.calibration.record import Run, gate_of
 from seer_compile.calibration.sensitivity import DenseOutput, OneSparseSite
 from seer_compile.gate_store import GateStore
@@ -41,15 +41,8 @@ class SparseSites:
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Answer one site."""
         gate = gate_of(self.store, inputs)
-        with torch.inference_mode(False), torch.no_grad():
-            matched = match_density(
-                gate.block_scores(inputs),
-                inputs,
-                gate.config.block_size,
-                selector="fraction" if gate.config.selector.name == "fraction" else "top_p",
-                density=min(1.0, max(self.shares[inputs.name], 1e-4)),
-            )
-            return attend(inputs, matched.selection, gate.config.block_size)
+        density = min(1.0, max(self.shares[inputs.name], 1e-4))
+        return attend_at_density(gate, inputs, density)[0]
 
 
 class _Trial(NamedTuple):

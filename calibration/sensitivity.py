@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from tqdm.auto import tqdm
 
 from seer_compile.calibration import distributed
-from seer_compile.calibration.matching import attend, match_density
+from seer_compile.calibration.matching import attend_at_density
 from seer_compile.calibration.record import Run, dense_answer, gate_of
 from seer_compile.errors import CalibrationDataError
 from seer_compile.gate_store import GateStore
@@ -91,17 +91,10 @@ class OneSparseSite:
         self.lengths[inputs.name] = inputs.key.shape[-2]
         if inputs.name != self.name:
             return dense_answer(gate, inputs)
-        with torch.inference_mode(False), torch.no_grad():
-            matched = match_density(
-                gate.block_scores(inputs),
-                inputs,
-                gate.config.block_size,
-                selector="fraction" if gate.config.selector.name == "fraction" else "top_p",
-                density=self.density,
-            )
-            self.kept += matched.kept
-            self.visible += matched.visible
-            return attend(inputs, matched.selection, gate.config.block_size)
+        out, matched = attend_at_density(gate, inputs, self.density)
+        self.kept += matched.kept
+        self.visible += matched.visible
+        return out
 
 
 class _Point(NamedTuple):
