@@ -181,7 +181,7 @@ def mean_pool(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
 
 
 def zero_shot(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
-    """Score a block by a gate that was never trained: mean-pooled sub-blocks of 8 tokens."""
+    """Score a block by a gate that was never trained: mean-pooled sub-blocks, compared."""
     sizes = (inputs.query.shape[1], inputs.key.shape[1], inputs.query.shape[-1])
     return _untrained_gate(sizes, block_size, inputs.query.device).block_scores(inputs)
 
