@@ -15,6 +15,30 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+
+class Tally:
+    """Counts by name, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._counts: Counter[str] = Counter()
+
+    def add(self, name: str) -> None:
+        """Count one."""
+        with self._lock:
+            self._counts[name] += 1
+
+    def snapshot(self) -> dict[str, int]:
+        """Return a copy of the counts."""
+        with self._lock:
+            return dict(self._counts)
+
+    def reset(self) -> None:
+        """Forget the counts."""
+        with self._lock:
+            self._counts.clear()
+
+
 _lock = threading.Lock()
 _calls: dict[str, Counter[str]] = {}
 _meters: list[DensityMeter] = []

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections import Counter
 
 import torch
 import torch.nn.functional as F
@@ -18,27 +17,26 @@ from torch import Tensor
 from torch.backends.cuda import SDPAParams
 
 from seer_compile.kernels.break_even import DENSE, DenseRule
+from seer_compile.kernels.counters import Tally
 
 SDPA, FLASH, CUDNN = "sdpa", "flash", "cudnn"
 _CUDNN_ANY_LENGTH = 91501
 """cuDNN 9.15.1: before it, lengths that 128 does not divide could give wrong results."""
 
 _lock = threading.Lock()
-_answers: Counter[str] = Counter()
+_answers = Tally()
 _failed: set[tuple[object, ...]] = set()
 """Kinds of calls that cuDNN said it takes and then had no plan for."""
 
 
 def answers() -> dict[str, int]:
     """Return calls per backend; ``sdpa:`` and a reason where the rule's choice did not answer."""
-    with _lock:
-        return dict(_answers)
+    return _answers.snapshot()
 
 
 def reset() -> None:
     """Forget the counts."""
-    with _lock:
-        _answers.clear()
+    _answers.reset()
 
 
 @functools.cache
@@ -95,8 +93,7 @@ def fused_attention(
         out, backend = _cudnn(query, key, value, is_causal, scale)
     else:
         out = None
-    with _lock:
-        _answers[backend] += 1
+    _answers.add(backend)
     if out is not None:
         return out
     is_grouped = key.shape[1] != heads

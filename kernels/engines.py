@@ -10,9 +10,7 @@ Example:
 
 from __future__ import annotations
 
-import threading
 import warnings
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -23,6 +21,7 @@ from torch import Tensor
 
 from seer_compile.errors import SeerWarning, VersionUnsupportedError
 from seer_compile.kernels.checks import check_choice
+from seer_compile.kernels.counters import Tally
 
 ENGINES = ("auto", "portable", "hopper")
 
@@ -31,8 +30,7 @@ AUTO_ENGINE = "hopper"
 Calls that it does not take, and other GPUs, go to ``portable``, and :func:`answers` says why."""
 
 _chosen: ContextVar[str] = ContextVar("attention_engine", default="auto")
-_lock = threading.Lock()
-_answers: Counter[str] = Counter()
+_answers = Tally()
 
 
 class EngineFallbackWarning(SeerWarning):
@@ -62,14 +60,12 @@ def attention_engine(name: str) -> Iterator[None]:
 
 def answers() -> dict[str, int]:
     """Return calls per engine; ``portable:`` and a reason where ``hopper`` did not take one."""
-    with _lock:
-        return dict(_answers)
+    return _answers.snapshot()
 
 
 def reset() -> None:
     """Forget the counts."""
-    with _lock:
-        _answers.clear()
+    _answers.reset()
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
@@ -82,13 +78,13 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tens
 
     engine = _chosen.get()
     if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
-        _count("portable")
+        _answers.add("portable")
         return portable.launch(query, key, value, *rest)
     reason = _obstacle(engine, query, key, value, rest[0], *rest[3:5])
     if reason is None:
-        _count("hopper")
+        _answers.add("hopper")
         return _import_hopper().launch(query, key, value, *rest)
-    _count(f"portable:{reason}")
+    _answers.add(f"portable:{reason}")
     if engine != "auto":
         warnings.warn(
             f"The hopper engine does not take this call, the portable one does: {reason}",
@@ -115,11 +111,6 @@ def _obstacle(
             raise
         return "this Triton lacks what the engine is written in"
     return hopper.obstacle(query, key, value, indices, query_block, key_block)
-
-
-def _count(answer: str) -> None:
-    with _lock:
-        _answers[answer] += 1
 
 
 def _import_hopper() -> ModuleType:
