@@ -6,12 +6,21 @@ Every process passes its own share of the data. Without ``torch.distributed`` al
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from seer_compile.gate_store import GateStore
+
+
+class _Plain(Protocol):
+    def to_json(self) -> dict[str, Any]: ...
+
+
+_Table = TypeVar("_Table", bound=_Plain)
 
 
 def is_on() -> bool:
@@ -62,6 +71,18 @@ def broadcast_json(data: Any, device: torch.device) -> Any:
         payload = torch.empty(int(size), dtype=torch.uint8, device=device)
     dist.broadcast(payload, src=0)
     return json.loads(bytes(payload.cpu().tolist()))
+
+
+def everywhere(
+    store: GateStore, tables: Mapping[str, _Table], parse: Callable[[Mapping[str, Any]], _Table]
+) -> dict[str, _Table]:
+    """Return on every process what process 0 measured of each site."""
+    gate = next((gate for _, gate in store.items()), None)
+    if gate is None:
+        return {}
+    data = {name: table.to_json() for name, table in tables.items()}
+    data = broadcast_json(data, gate.query_weight.device)
+    return {name: parse(table) for name, table in data.items()}
 
 
 def any_process(flag: bool, device: torch.device) -> bool:

@@ -101,7 +101,7 @@ def search_shares(
         )
         for name, rows in found.items()
     }
-    return _everywhere(store, tables)
+    return distributed.everywhere(store, tables, ShareTable.from_json)
 
 
 def _trials(run: Run, store: GateStore, batches: Iterable[Any], per_length: int) -> list[_Trial]:
@@ -164,12 +164,3 @@ def _search(
                         best_loss, best, improved = reached, moved, True
                         break
     return best
-
-
-def _everywhere(store: GateStore, tables: Mapping[str, ShareTable]) -> dict[str, ShareTable]:
-    gate = next((gate for _, gate in store.items()), None)
-    if gate is None:
-        return {}
-    data = {name: table.to_json() for name, table in tables.items()}
-    data = distributed.broadcast_json(data, gate.query_weight.device)
-    return {name: ShareTable.from_json(table) for name, table in data.items()}

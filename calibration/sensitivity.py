@@ -149,7 +149,7 @@ def measure_sensitivity(
                 by_length = found.setdefault(name, {})
                 by_length.setdefault(observer.lengths[name], []).append(points)
     curves = {name: _curve(by_length) for name, by_length in found.items()}
-    return _everywhere(store, curves)
+    return distributed.everywhere(store, curves, SensitivityCurve.from_json)
 
 
 def _points(
@@ -190,17 +190,6 @@ def _curve(by_length: Mapping[int, list[list[_Point]]]) -> SensitivityCurve:
         densities=tuple(densities),
         divergences=tuple(divergences),
     )
-
-
-def _everywhere(
-    store: GateStore, curves: Mapping[str, SensitivityCurve]
-) -> dict[str, SensitivityCurve]:
-    gate = next((gate for _, gate in store.items()), None)
-    if gate is None:
-        return {}
-    data = {name: curve.to_json() for name, curve in curves.items()}
-    data = distributed.broadcast_json(data, gate.query_weight.device)
-    return {name: SensitivityCurve.from_json(curve) for name, curve in data.items()}
 
 
 def _rows_of(output: Any) -> tuple[bool, Tensor]:
