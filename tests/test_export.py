@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
-import textwrap
 import warnings
 
 import pytest
@@ -22,6 +18,7 @@ from seer_compile.errors import (
     SiteRejectedError,
 )
 from support.models import Triangle, architecture, decoder, token_ids
+from support.processes import run_apart
 from support.rewriting import answer_sparsely
 
 LENGTHS = ({1: torch.export.Dim("tokens", min=2, max=4096)},)
@@ -34,18 +31,6 @@ def optimized(model=None, **options):
     seer_compile.optimize(model, zero_shot=True, inner="eager", **options)
     answer_sparsely(model.seer_gates)
     return model
-
-
-def run_apart(code):
-    """Run a program in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)],
-        capture_output=True,
-        text=True,
-        env={**os.environ},
-        timeout=240,
-        check=False,
-    )
 
 
 def gated_calls(program):

@@ -14,6 +14,7 @@ import seer_compile
 from seer_compile.config import CalibrationConfig
 from seer_compile.kernels import counters
 from support.models import architecture, decoder, token_ids
+from support.processes import run_apart
 from support.rewriting import answer_sparsely
 
 pytestmark = pytest.mark.gpu
@@ -158,6 +159,7 @@ def test_a_sparse_forward_never_waits_for_the_device():
     assert torch.equal(out, expected)
 
 
+@pytest.mark.filterwarnings("ignore::seer_compile.errors.DenseFallbackWarning")
 @torch.no_grad()
 @pytest.mark.parametrize("mode", [0, 2], ids=["dense", "sparse"])
 def test_a_cuda_graph_holds_a_forward(mode):
@@ -190,5 +192,15 @@ def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
             program, package_path=str(tmp_path / "model.pt2")
         )
     tokens = token_ids(333).to(DEVICE)
-    package = torch._inductor.aoti_load_package(path)
-    assert relative(package(tokens), program.module()(tokens)) < LIMIT[torch.float32]
+    torch.save((tokens, program.module()(tokens)), tmp_path / "expected.pt")
+    code = f"""
+        import torch, seer_compile
+        tokens, expected = torch.load(r"{tmp_path / "expected.pt"}")
+        package = torch._inductor.aoti_load_package(r"{path}")
+        actual = package(tokens)
+        print(float((actual.double() - expected.double()).norm() / expected.double().norm()))
+    """
+    # In a process of its own: the loader is C++, and where it crashes it takes the process along.
+    done = run_apart(code)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert float(done.stdout) < LIMIT[torch.float32]

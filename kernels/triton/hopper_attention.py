@@ -170,9 +170,8 @@ def obstacle(
 ) -> str | None:
     """Return why this engine does not take a call, or None.
 
-    A program with one group of consumers was seen to wait for ever at 32,768 tokens (one H200,
-    Triton 3.6; the cause is not known), and head dim 256 was checked at small sizes only, so
-    neither is taken; ``launch`` with a tiling of the caller's still runs them.
+    Head dim 256 was checked at small sizes only, so it is not taken; ``launch`` with a tiling of
+    the caller's still runs it.
 
     Args:
         query: ``Float[b h q d]``.
@@ -204,9 +203,6 @@ def _shape_obstacle(
         return f"head dims {query.shape[3]} and {value.shape[3]}"
     if query_block % TILE_ROWS or key_block % TILE_KEYS:
         return f"blocks of {query_block} x {key_block} tokens"
-    layout = head_layout(query.shape[1], key.shape[1], indices.shape[1])
-    if hopper_tiling(layout, query_block, query.shape[3]).consumers == 1:
-        return "64 query rows share no key tiles with others"
     return None
 
 
