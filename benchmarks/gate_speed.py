@@ -15,13 +15,7 @@ from torch import Tensor
 from seer_compile.kernels import ops, scoring, selection  # noqa: F401  (registers the operators)
 from seer_compile.kernels.geometry import Grid
 from seer_compile.kernels.triton import block_scores, pool_blocks, pool_features, select_blocks
-from seer_compile.kernels.triton.tuning import (
-    MapTiling,
-    OnePassTiling,
-    PoolTiling,
-    pool_tiling,
-    scores_tiling,
-)
+from seer_compile.kernels.triton.tuning import PoolTiling, ScoresTiling, pool_tiling
 from seer_compile.types import Visibility
 
 Row = dict[str, Any]
@@ -69,49 +63,50 @@ def pooling(bench: Any, weights: dict[str, Tensor], timed: Timed) -> Iterator[Ro
             yield tried(label, check, timed, run)
 
 
-def scoring_rows(bench: Any, features: Tensor, timed: Timed) -> Iterator[Row]:
-    """Time block scores in one pass, beside two passes."""
+def scoring_rows(
+    bench: Any, features: Tensor, sub_block: int, timed: Timed, *, is_table_only: bool = False
+) -> Iterator[Row]:
+    """Time block scores, the table's tiling beside others, the first of which is the check."""
     multiprocessors = 132
     if features.is_cuda:
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
-    one = OnePassTiling
-    variants = {
-        1: [
-            None,
-            one(128, 64, 8, 3, 3 * multiprocessors, 80),
-            one(128, 64, 8, 4, 2 * multiprocessors, 128),
-            one(128, 64, 4, 3, 3 * multiprocessors, 168),
-            one(128, 128, 8, 2, multiprocessors, 255),
-            one(256, 64, 8, 3, multiprocessors, 255),
-        ],
-        4: [None, one(128, 64, 8, 3, 3 * multiprocessors, 80)],
-    }
-    for groups, tilings in variants.items():
-        what = f"block scores, selection per {groups} heads"
+    tiling = ScoresTiling
+    variants = [
+        tiling(64, 64, 4, 3, 3 * multiprocessors, 168, False),
+        None,
+        tiling(128, 128, 8, 4, 2 * multiprocessors, 128, True),
+        tiling(128, 64, 8, 3, 2 * multiprocessors, 128, True),
+        tiling(128, 64, 8, 4, 3 * multiprocessors, 80, True),
+        tiling(128, 128, 8, 3, multiprocessors, 255, True),
+        tiling(64, 128, 4, 3, 3 * multiprocessors, 168, True),
+        tiling(256, 128, 16, 3, multiprocessors, 128, True),
+        tiling(256, 128, 8, 3, multiprocessors, 255, True),
+        tiling(128, 128, 8, 3, 2 * multiprocessors, 128, False),
+    ]
+    expected = None
+    for groups in (1, 4):
+        for number, choice in enumerate(variants):
+            if number > 1 and (groups > 1 or is_table_only):
+                break
 
-        def run(groups: int = groups, tiling: OnePassTiling | MapTiling | None = None) -> Tensor:
-            length = bench.query.shape[2]
-            sizes = (SUB_BLOCK, BLOCK, BLOCK, length, length, groups)
-            return block_scores.launch(*features, 0.125, *sizes, upper=0, tiling=tiling)
+            def run(groups: int = groups, choice: ScoresTiling | None = choice) -> Tensor:
+                length = bench.query.shape[2]
+                sizes = (sub_block, BLOCK, BLOCK, length, length, groups)
+                return block_scores.launch(*features, 0.125, *sizes, upper=0, tiling=choice)
 
-        passes = scores_tiling(GATE_DIM, features.dtype)
-        label = {"what": f"{what}, two passes", **bench.shape}
-        yield {**label, **timed(lambda run=run, passes=passes: run(tiling=passes))}
-        expected = run(tiling=passes)
-        for tiling in tilings:
+            if number == 0:
+                expected = run()
 
-            def once(run: Callable = run, tiling: OnePassTiling | None = tiling) -> Tensor:
-                return run(tiling=tiling)
-
-            def check(once: Callable = once, expected: Tensor = expected) -> None:
-                result = once()
-                if bench.is_real:
+            def check(run: Callable = run, expected: Tensor | None = expected) -> None:
+                result = run()
+                if bench.is_real and expected is not None:
                     assert torch.equal(result == 0, expected == 0), "wrong zeros"
                     error = float(((result - expected).abs() / expected.clamp(min=1e-30)).max())
                     assert error < 1e-4, f"relative error {error}"
 
-            label = {"what": what, **bench.shape, "tiling": str(tiling or "table")}
-            yield tried(label, check, timed, once)
+            what = f"block scores, sub-blocks of {sub_block}, selection per {groups} heads"
+            label = {"what": what, **bench.shape, "tiling": str(choice or "table")}
+            yield tried(label, check, timed, run)
 
 
 def selecting(bench: Any, scores: Tensor, timed: Timed) -> Iterator[Row]:
@@ -198,11 +193,13 @@ def gate_rows(quick: bool, bench_of: Callable[[int], Any], timed: Timed) -> Iter
         if tokens == 2048:
             continue
         yield from pooling(bench, weights, timed)
-        features = draw(2, 1, heads, length // SUB_BLOCK, GATE_DIM)
-        # Logits with a standard deviation of 3: some blocks carry most of a row.
-        features[0] *= 3
-        features = features.to(bench.query.dtype)
-        yield from scoring_rows(bench, features, timed)
+        for sub_block in (8, SUB_BLOCK):
+            features = draw(2, 1, heads, length // sub_block, GATE_DIM)
+            # Logits with a standard deviation of 3: some blocks carry most of a row.
+            features[0] *= 3
+            features = features.to(bench.query.dtype)
+            is_long = length > 32768
+            yield from scoring_rows(bench, features, sub_block, timed, is_table_only=is_long)
         sizes = (SUB_BLOCK, BLOCK, BLOCK, length, length, 1)
         scores = block_scores.launch(*features, 0.125, *sizes, upper=0)
         yield from selecting(bench, scores, timed)

@@ -228,7 +228,7 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
         _scores_profile(BF16, 64, 8, (64, 64), 1),
         _scores_profile(BF16, 64, 8, (64, 64), 1, programs=5),
         _scores_profile(FP16, 64, 8, (64, 64), 4, padding=True),
-        _scores_profile(FP16, 64, 8, (64, 64), 4, programs=3),
+        _scores_profile(FP16, 64, 8, (64, 64), 4, programs=4),
         _scores_profile(BF16, 128, 64, (64, 64), 1, layout="tokens first"),
         _scores_profile(BF16, 32, 16, (128, 64), 2, documents=True),
         _scores_profile(FP16, 16, 4, (32, 128), 1, offset=True),

@@ -212,14 +212,17 @@ def run_map(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
 
 
 def _few_programs(inputs: dict[str, Any]) -> Any:
-    """Return the tiling of block scores in one pass with fewer programs: each takes many tiles."""
+    """Return the tiling of block scores with fewer programs: each takes many tiles."""
+    import triton
+
     from seer_compile.kernels.triton import primitives, tuning
 
-    profile, columns = inputs["profile"], inputs["columns"]
-    units = tuple(block // profile["sub_block"] for block in profile["blocks"])
+    profile, rows, columns = inputs["profile"], inputs["rows"], inputs["columns"]
+    units = [triton.next_power_of_2(block // profile["sub_block"]) for block in profile["blocks"]]
+    number = -(-inputs["lengths"][1] // profile["blocks"][1])
     dim = primitives.padded_dim(profile["dim"])
-    tiling = tuning.one_pass_tiling(dim, units, columns.shape[2], columns.device)
-    return tiling._replace(programs=profile["programs"])
+    tiling = tuning.scores_tiling(dim, rows.dtype, units, number, columns.device)
+    return tiling._replace(programs=profile["programs"], keep=profile["programs"] % 2 == 1)
 
 
 def check_map(inputs: dict[str, Any]) -> None:

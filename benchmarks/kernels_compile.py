@@ -228,7 +228,12 @@ CASES = {
     "pool_features": (pool_features, [(_BF16, 128, 8, 1), (_BF16, 128, 8, 4)]),
     "block_scores": (
         block_scores,
-        [(_BF16, 64, 8, 64, 1), (_BF16, 128, 64, 64, 4), (_FP32, 64, 8, 64, 1)],
+        [
+            (_BF16, 64, 4, 64, 1),
+            (_BF16, 64, 8, 64, 4),
+            (_BF16, 128, 64, 64, 4),
+            (_FP32, 64, 8, 64, 1),
+        ],
     ),
     "select_blocks": (select_blocks, [(512, "top_p"), (16384, "fraction")]),
     "attention_mass": (attention_mass, [(_BF16, 128, 8, 64), (_BF16, 256, 128, 128)]),

@@ -98,8 +98,10 @@ def block_scores(
 ) -> Tensor:
     """Score block pairs: the share of a query's attention that a key block is predicted to carry.
 
-    The softmax of every query sub-row over its visible key sub-blocks, summed over the key
-    sub-blocks of a block, is that share; a block pair scores what its neediest sub-row gives.
+    A key block matches a query sub-row as well as the best of its visible key sub-blocks does; the
+    softmax of these matches over the key blocks is that share, and a block pair scores what its
+    neediest sub-row gives. Where a sub-block is a whole block this is the published gate's softmax
+    (Gao et al., arXiv:2410.13276, equation 3).
 
     Args:
         query_features: ``Float[b h r e]``, one row per sub-block of queries.
@@ -119,8 +121,8 @@ def block_scores(
         SeerInputError: A malformed argument.
 
     Cost:
-        2 h r c e multiply-adds; the r x c logits are never held, on CUDA at most 320 MB of sums
-        of them. No gradient.
+        h r c e multiply-adds, twice that where 320 MB do not hold the r x n matches; the r x c
+        logits are never held on CUDA. No gradient.
     """
     require_tensor("query_features", query_features)
     require_tensor("key_features", key_features, like=query_features)

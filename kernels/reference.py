@@ -135,8 +135,12 @@ def block_scores(
         key_low, key_high = _document_range(visibility.key_documents, sub_block)
         overlap = query_low[:, :, None] <= key_high[:, None, :]
         visible = visible & overlap & (key_low[:, None, :] <= query_high[:, :, None])
-    share, _ = probabilities(query_features, key_features, scale, visible[:, None])
-    share = _reduce(share, -1, key_block // sub_block, "sum")
+    logits = query_features @ key_features.transpose(-1, -2) * scale
+    logits = logits.masked_fill(~visible[:, None], -math.inf)
+    largest = _reduce(logits, -1, key_block // sub_block, "max")
+    share = (largest - largest.amax(-1, keepdim=True)).exp()
+    share = share / share.sum(-1, keepdim=True)
+    share = share.masked_fill((largest == -math.inf).all(-1, keepdim=True), 0.0)
     share = _reduce(share, -2, query_block // sub_block, "max")
     return share.unflatten(1, (-1, groups)).amax(2)
 
@@ -318,9 +322,9 @@ def block_max_probability(
 
 
 def _reduce(values: Tensor, axis: int, size: int, kind: str) -> Tensor:
-    """Sum or maximum over runs of ``size`` along an axis of non-negative values; 0 pads the end."""
-    values = values.movedim(axis, -1)
-    runs = F.pad(values, (0, -values.shape[-1] % size)).unflatten(-1, (-1, size))
+    """Sum or maximum over runs of ``size`` along an axis; the last run may be shorter."""
+    values, fill = values.movedim(axis, -1), 0.0 if kind == "sum" else -math.inf
+    runs = F.pad(values, (0, -values.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
     reduced = runs.sum(-1) if kind == "sum" else runs.amax(-1)
     return reduced.movedim(-1, axis)
 

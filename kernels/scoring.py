@@ -139,8 +139,8 @@ def block_scores(
     for slab in _slabs(batch, heads, band, grid, (per_row, per_column)):
         queries, keys = query_features[slab.item, :, slab.rows], key_features[slab.item]
         logits = torch.bmm(queries, keys[:, slab.columns].transpose(1, 2)).mul_(scale)
-        share = _softmax(logits, band, grid, slab, extra)[0]
-        share = _reduce_runs(share, per_column, "sum")
+        reads = _hide(logits, band, grid, slab, extra)
+        share = _softmax(_reduce_runs(logits, per_column, "max"), reads)
         share = _reduce_runs(share.transpose(-1, -2), per_row, "max").transpose(-1, -2)
         m, n = slab.rows.start // per_row, slab.columns.start // per_column
         target = result[slab.item, :, m : m + share.shape[-2], n : n + share.shape[-1]]
@@ -171,10 +171,12 @@ def attention_mass(
         queries = query[slab.item, :, slab.rows].unflatten(0, (kv_heads, -1)).flatten(1, 2)
         keys = key[slab.item, :, slab.columns].transpose(1, 2)
         logits = torch.bmm(queries, keys).mul_(scale).view(heads, -1, keys.shape[-1])
-        share, reads = _softmax(logits, band, grid, slab, extra)
+        reads = _hide(logits, band, grid, slab, extra)
+        share = _softmax(logits, reads)
         share = _reduce_runs(share, key_unit, key_reduce).transpose(-1, -2)
         share = _reduce_runs(share, query_unit, "max" if query_reduce == "max" else "sum")
         if query_reduce == "mean":
+            reads = torch.ones(logits.shape[-2]) if reads is None else reads
             number = _reduce_runs(reads.float(), query_unit, "sum")
             share = share / number.clamp(min=1)
         m, n = slab.rows.start // query_unit, slab.columns.start // key_unit
@@ -237,10 +239,10 @@ def _token_masks(visibility: Visibility) -> list[SlabMask]:
     return masks
 
 
-def _softmax(
+def _hide(
     logits: Tensor, band: Band, grid: Grid, slab: _Slab, masks: list[SlabMask]
-) -> tuple[Tensor, Tensor]:
-    """Return the softmax over visible columns, in place, and which rows have any; others are 0.
+) -> Tensor | None:
+    """Set hidden columns to -inf, in place; return which rows see any, None where all do.
 
     Without further masks, the columns that the first and the last row see are seen by all rows
     between them: only the columns around these are masked.
@@ -252,21 +254,27 @@ def _softmax(
         visible = visible_pairs(band, grid, slab.rows, slab.columns)
         for mask in masks:
             visible = visible & mask(slab)
-        reads = visible.any(-1)
-        share = logits.masked_fill_(~visible, -torch.inf).softmax(-1)
-        return share.masked_fill_(~reads[:, None], 0.0), reads
+        logits.masked_fill_(~visible, -torch.inf)
+        return visible.any(-1)
     first, last = int(inside[0]), int(inside[-1]) + 1
     for begin, end in ((0, first), (last, num_columns)):
         if begin < end:
             columns = slice(slab.columns.start + begin, slab.columns.start + end)
             hidden = ~visible_pairs(band, grid, slab.rows, columns)
             logits[..., begin:end].masked_fill_(hidden, -torch.inf)
-    return logits.softmax(-1), torch.ones(num_rows, dtype=torch.bool)
+    return None
+
+
+def _softmax(logits: Tensor, reads: Tensor | None) -> Tensor:
+    """Return the softmax of the rows that read anything; others are 0."""
+    share = logits.softmax(-1)
+    return share if reads is None else share.masked_fill_(~reads[:, None], 0.0)
 
 
 def _reduce_runs(values: Tensor, size: int, kind: str) -> Tensor:
     """Sum or maximum over runs of ``size`` of the last axis; the last run may be shorter."""
     if size == 1:
         return values
-    runs = F.pad(values, (0, -values.shape[-1] % size)).unflatten(-1, (-1, size))
+    fill = 0.0 if kind == "sum" else -torch.inf
+    runs = F.pad(values, (0, -values.shape[-1] % size), value=fill).unflatten(-1, (-1, size))
     return runs.sum(-1) if kind == "sum" else runs.amax(-1)

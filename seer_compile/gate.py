@@ -34,8 +34,8 @@ class AttnGate(nn.Module):
     """Scores key blocks for query blocks from pooled queries and keys.
 
     Each sub-block of tokens is pooled, projected per head, and compared by a dot product; the
-    softmax over visible key sub-blocks, summed over the sub-blocks of a block, predicts the share
-    of attention mass that the block carries. A new gate is the identity on the means: its logits
+    softmax over visible key blocks of the best match among their sub-blocks predicts the share of
+    attention mass that a block carries. A new gate is the identity on the means: its logits
     are mean-pooled query times mean-pooled key times the attention's own scale.
 
     Weights stay float32 and ``mode`` stays on the CPU wherever the model is moved or cast.

@@ -19,7 +19,7 @@ HIDDEN_LOGIT = -1e30
 def block_log_mass(
     query_features: Tensor, key_features: Tensor, scale: float, visible: Tensor, per_block: int
 ) -> Tensor:
-    """Return the log of the softmax over key sub-blocks, summed over the sub-blocks of a block.
+    """Return the log of the softmax over key blocks of the best match among their sub-blocks.
 
     Args:
         query_features: ``Float32[b h R e]``.
@@ -36,13 +36,12 @@ def block_log_mass(
     """
     logits = (query_features @ key_features.transpose(-1, -2)) * scale
     logits = logits.masked_fill(~visible, HIDDEN_LOGIT)
-    short = -logits.shape[-1] % per_block
-    log_shares = logits.log_softmax(-1)
-    if short:
-        log_shares = nn.functional.pad(log_shares, (0, short), value=HIDDEN_LOGIT)
-    if per_block == 1:
-        return log_shares
-    return log_shares.unflatten(-1, (-1, per_block)).logsumexp(-1)
+    if per_block > 1:
+        short = -logits.shape[-1] % per_block
+        if short:
+            logits = nn.functional.pad(logits, (0, short), value=HIDDEN_LOGIT)
+        logits = logits.unflatten(-1, (-1, per_block)).amax(-1)
+    return logits.log_softmax(-1)
 
 
 def visible_units(

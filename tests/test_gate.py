@@ -116,7 +116,7 @@ class TestUntrainedGate:
         torch.testing.assert_close(query, (tokens.amax(-2) + tokens.amin(-2)) / 2)
 
     def test_every_weight_channel_has_a_gradient(self):
-        inputs = site_inputs(q_len=64, head_dim=16)
+        inputs = site_inputs(q_len=192, head_dim=16)
         gate = gate_for(inputs, GateConfig(gate_dim=32))
         wide = gate.row_log_mass(inputs.query, inputs.key, inputs.scale, Visibility())
         wide.var().backward()

@@ -33,7 +33,7 @@ from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper
 TILE_ROWS = 64
 """Query rows of one group of four warps: what one matrix instruction takes."""
 
-_DIMS = (64, 128)
+_DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
 _ABSENT_MULTIPROCESSORS = 132
 """Assumed where a launch is only compiled."""
@@ -169,9 +169,6 @@ def obstacle(
     query: Tensor, key: Tensor, value: Tensor, indices: Tensor, query_block: int, key_block: int
 ) -> str | None:
     """Return why this engine does not take a call, or None.
-
-    Head dim 256 was checked at small sizes only, so it is not taken; ``launch`` with a tiling of
-    the caller's still runs it.
 
     Args:
         query: ``Float[b h q d]``.

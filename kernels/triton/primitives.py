@@ -115,6 +115,11 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "ieee" if dtype is torch.float32 else "tf32"
 
 
+def positive_scale(scale: float) -> float:
+    """Return the factor for powers of 2; kernels take maxima before scaling: it is positive."""
+    return max(abs(scale) * LOG2_E, 1e-30)
+
+
 def is_interpreted() -> bool:
     """Whether the kernels of this process run under Triton's CPU interpreter."""
     return not isinstance(finite_or_zero, triton.runtime.jit.JITFunction)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seer_compile.config import SELECTORS
 from seer_compile.errors import FeatureUnsupportedError, RangeError
-from seer_compile.kernels.triton.block_scores import column_rules
+from seer_compile.kernels.triton.column_rules import column_rules
 from seer_compile.kernels.triton.primitives import launching_on, make_band, shifted_band
 
 _LARGEST_ROW = 32768

@@ -7,11 +7,17 @@ causal, 90 % of the blocks dropped; ``benchmarks/kernels_speed.py`` makes them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+import triton
 
 from seer_compile.errors import HeadConfigError
+
+_HOLDS_PAIRS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
+"""Whether queries of 128 dims fit the registers beside two key tiles; Triton 3.9 spills, and its
+assembler then serialises the products."""
 
 HOPPER_SHARED = 232_448
 """Bytes of shared memory that one program may use on sm_90."""
@@ -131,13 +137,12 @@ class HopperTiling(NamedTuple):
 
 
 def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTiling:
-    """Return the tiling of the Hopper engine for a shape. Predicted, not measured yet.
+    """Return the tiling of the Hopper engine for a shape, the fastest of those measured.
 
     Two groups of 64 rows that share key tiles halve the traffic from the second-level cache; where
     neither the query block nor a shared selection allows that, two programs of one group share a
     multiprocessor, so that the softmax of one runs behind the products of the other. Two tiles per
-    slot save a quarter of the instructions, but Triton 3.9 spills with them and its assembler then
-    serialises the products.
+    slot save a quarter of the instructions, where two programs need not share the memory.
 
     Args:
         layout: How heads map to key heads and selections.
@@ -150,13 +155,14 @@ def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTilin
         consumers, heads = 2, 2
     else:
         consumers, heads = 1, 1
-    in_registers = dim <= 128
-    if consumers == 2:
-        stages = {64: 10, 128: 6, 256: 2}[dim]
-        return HopperTiling(2, heads, 1, stages, in_registers, 1, 168, True)
-    stages = {64: 6, 128: 3, 256: 3}[dim]
-    programs, registers = (2, 128) if in_registers else (1, 168)
-    return HopperTiling(1, 1, 1, stages, in_registers, programs, registers, True)
+    if dim == 256:
+        stages, tiles, programs, registers = (2 if consumers == 2 else 3), 1, 1, 168
+    elif consumers == 2:
+        stages, tiles, programs, registers = (5 if dim == 64 else 3), 2, 1, 168
+    else:
+        stages, tiles, programs, registers = 3, (2 if dim == 64 else 1), 2, 128
+    in_registers = dim == 64 or (dim == 128 and (tiles == 1 or _HOLDS_PAIRS))
+    return HopperTiling(consumers, heads, tiles, stages, in_registers, programs, registers)
 
 
 class BackwardTiling(NamedTuple):
@@ -197,56 +203,55 @@ class MapTiling(NamedTuple):
     stages: int
 
 
-def scores_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> MapTiling:
-    """Return the tiling for a padded feature dim."""
-    if dtype is torch.float32:
-        return MapTiling(32, 32, 4, 1)
-    rows, stages = (128, 3) if dim <= 128 else (64, 2)
-    columns, stages = _fit(2 * rows * dim, 2 * dim, 64, stages, limit)
-    return MapTiling(rows, columns, 8, stages)
-
-
-class OnePassTiling(NamedTuple):
-    """How block scores are made in one pass over the columns."""
+class ScoresTiling(NamedTuple):
+    """How block scores are made."""
 
     rows: int
     columns: int
     warps: int
     stages: int
     programs: int
-    """Programs in all; each has a stretch of memory for its sums."""
+    """Programs in all; each has a stretch of memory for its maxima."""
     registers: int
     """Per thread at most, so that several programs share a multiprocessor."""
+    keep: bool
+    """Whether maxima are kept in memory; else products are made again."""
 
 
-_LARGEST_SUMS = 320 << 20
-"""Bytes of the sums that block scores in one pass keep."""
+_LARGEST_MAXIMA = 320 << 20
+"""Bytes that block scores keep."""
 
 
-def one_pass_tiling(
-    dim: int, units: tuple[int, int], num_columns: int, device: torch.device
-) -> OnePassTiling | None:
-    """Return the tiling for a shape, None where two passes have to do. Predicted, not measured yet.
+def scores_tiling(
+    dim: int, dtype: torch.dtype, units: Sequence[int], num_column_units: int, device: torch.device
+) -> ScoresTiling:
+    """Return the tiling for a shape. Predicted, not measured yet.
 
     Args:
         dim: Padded feature dim.
-        units: Rows and columns per unit.
-        num_columns: Columns in all.
+        dtype: Of the features.
+        units: Rows and columns per unit, filled up to powers of 2.
+        num_column_units: Key blocks.
         device: Where it runs.
     """
-    rows = 128 if dim <= 128 else 64
-    columns = max(64, units[1])
-    multiprocessors = 132
+    multiprocessors, limit = 132, shared_memory(device)
     if device.type == "cuda":
         multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
-    fits = 2 * dim * (rows + 2 * columns) <= shared_memory(device) // 2
+    # Eight units side by side lie in one thread each.
+    rows, columns = (128 if dim <= 128 else 64), min(128, max(64, 8 * units[1]))
+    if dtype is torch.float32:
+        rows, columns, size = 32, 32, 4
+    else:
+        size = 2
+    rows, columns = max(rows, units[0]), max(columns, units[1])
+    # Units of few columns leave as many maxima and sums in registers as there are pairs.
+    fits = size * dim * (rows + 2 * columns) <= limit // 2 and units[1] >= 4
     programs = multiprocessors * (2 if fits else 1)
-    sums = 4 * programs * rows * (num_columns // units[1] + columns)
-    # Units of few columns leave little to sum, and nearly a weight of each pair to keep.
-    if units[1] < 4 or max(units[0], columns) > 128 or sums > _LARGEST_SUMS:
-        return None
-    stages = _fit(2 * rows * dim, 2 * dim, columns, 3, shared_memory(device) // (2 if fits else 1))
-    return OnePassTiling(rows, columns, 8, stages[1], programs, 128 if fits else 255)
+    columns, stages = _fit(size * rows * dim, size * dim, columns, 3, limit // (2 if fits else 1))
+    columns = max(columns, units[1])
+    keep = 4 * programs * rows * (num_column_units + columns) <= _LARGEST_MAXIMA
+    warps = 4 if dtype is torch.float32 else 8
+    return ScoresTiling(rows, columns, warps, stages, programs, 128 if fits else 255, keep)
 
 
 def mass_tiling(dim: int, dtype: torch.dtype, limit: int = HOPPER_SHARED) -> MapTiling:

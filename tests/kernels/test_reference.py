@@ -156,12 +156,13 @@ def test_pool_blocks_reduces_by_hand():
 
 
 def test_block_scores_by_hand():
-    # One query sub-row attends to four key sub-blocks of which the last is hidden by the band.
+    # One query sub-row, two blocks of two key sub-blocks: the better ones are those of log 2 and
+    # log 5, for the band hides the last.
     query = torch.ones(1, 1, 1, 1)
     key = torch.tensor([0.0, math.log(2.0), math.log(5.0), 100.0]).reshape(1, 1, 4, 1)
     visibility = Visibility(upper=11)
     scores = reference.block_scores(query, key, 1.0, 4, 4, 8, 1, 16, 1, visibility)
-    torch.testing.assert_close(scores.flatten(), torch.tensor([3 / 8, 5 / 8]))
+    torch.testing.assert_close(scores.flatten(), torch.tensor([2 / 7, 5 / 7]))
 
 
 def test_block_scores_take_the_neediest_row_and_head():

@@ -84,16 +84,25 @@ def test_scores_of_the_future_are_exactly_zero():
     assert torch.equal(scores == 0, future.expand_as(scores))
 
 
-def test_one_pass_gives_what_two_passes_give_however_few_programs_share_the_tiles():
+@pytest.mark.parametrize("keep", [True, False], ids=["kept", "made again"])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_scores_are_the_same_however_few_programs_share_the_tiles(groups, keep):
     features = Draw(0, 0).normal(2, 2, 4, 60, 16).half()
-    arguments = (*features, 1.0, 8, 16, 32, 470, 475, 2, 3)
-    two = block_scores.launch(*arguments, tiling=tuning.MapTiling(32, 32, 4, 1))
+    arguments = (*features, 1.0, 8, 16, 32, 470, 475, groups, 3)
     whole = block_scores.launch(*arguments)
-    torch.testing.assert_close(whole, two, rtol=1e-5, atol=1e-30)
     for programs in (1, 3, 7):
-        tiling = tuning.OnePassTiling(16, 32, 4, 1, programs, 255)
-        one = block_scores.launch(*arguments, tiling=tiling)
-        torch.testing.assert_close(one, two, rtol=1e-5, atol=1e-30)
+        tiling = tuning.ScoresTiling(16, 32, 4, 1, programs, 255, keep)
+        scores = block_scores.launch(*arguments, tiling=tiling)
+        torch.testing.assert_close(scores, whole, rtol=1e-5, atol=1e-30)
+
+
+def test_a_feature_that_is_nan_spoils_the_scores_of_the_rows_that_see_it():
+    query, key = Draw(0, 0).normal(2, 1, 1, 16, 16)
+    key[0, 0, 5] = float("nan")
+    scores = block_scores.launch(query, key, 1.0, 8, 16, 32, 128, 128, 1, upper=0)
+    # Sub-block 5 begins at token 40: the query block of tokens 32 to 47 is the first to see it.
+    spoilt = scores.isnan().any(-1)[0, 0]
+    assert spoilt.tolist() == [False, False, True, True, True, True, True, True]
 
 
 def test_a_shared_selection_takes_the_largest_score_of_its_heads():
