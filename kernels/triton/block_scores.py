@@ -24,7 +24,7 @@ from seer_compile.kernels.triton.primitives import (
 from seer_compile.kernels.triton.score_blocks import score_blocks
 from seer_compile.kernels.triton.tuning import ScoresTiling, scores_tiling
 
-_WIDTH = 64
+_WIDTH = 128
 """Units of a row that are turned into scores at a time."""
 
 

@@ -11,6 +11,8 @@ Not for every call: :func:`obstacle` says what it does not take.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
@@ -223,12 +225,17 @@ def _describe(tensor: Tensor) -> TensorDescriptor:
         stride if size > 1 else dim
         for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
     ]
-    dtype = gl.bfloat16 if tensor.dtype is torch.bfloat16 else gl.float16
     block = [1, 1, TILE_ROWS, dim]
-    layout = gl.NVMMASharedLayout.get_default_for(block, dtype)
-    return TensorDescriptor(tensor, list(tensor.shape), strides, block, layout)
+    return TensorDescriptor(tensor, list(tensor.shape), strides, block, _layout(dim, tensor.dtype))
 
 
+@functools.cache
+def _layout(dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    element = gl.bfloat16 if dtype is torch.bfloat16 else gl.float16
+    return gl.NVMMASharedLayout.get_default_for([1, 1, TILE_ROWS, dim], element)
+
+
+@functools.cache
 def _multiprocessors(device: torch.device) -> int:
     if device.type != "cuda":
         return _ABSENT_MULTIPROCESSORS
@@ -277,12 +284,11 @@ def launch(
     items = tiles * groups * batch
     programs = min(items, _multiprocessors(query.device) * tiling.programs)
     rules = tile_rules(key_padding, query_documents, key_documents, query_block)
+    descriptors = [_describe(tensor) for tensor in (query, key, value)]
     with launching_on(query, "query"):
         lists = plan(indices, counts, band, rules, (q_len, k_len), (query_block, key_block))
         _hopper_attention[(programs,)](
-            _describe(query),
-            _describe(key),
-            _describe(value),
+            *descriptors,
             out,
             lse,
             out.stride(),

@@ -23,8 +23,31 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from seer_compile.kernels.triton.primitives import load_tile, shifted_band, tile_pointers
+from seer_compile.kernels.triton.primitives import (
+    is_interpreted,
+    load_tile,
+    shifted_band,
+    tile_pointers,
+)
 from seer_compile.kernels.triton.row_statistics import tile_ranges, visible_pairs
+
+_IS_INTERPRETED = tl.constexpr(is_interpreted())
+
+
+@triton.jit
+def _larger(left, right):
+    return tl.maximum(left, right, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _largest(values, AXIS: tl.constexpr):
+    """Return the maximum along an axis, NaN where there is any."""
+    if _IS_INTERPRETED:
+        # The interpreter calls a function of ours for every element. A sum keeps NaN as well.
+        total = tl.sum(values, AXIS)
+        return tl.where(total != total, total, tl.max(values, AXIS))
+    else:  # noqa: RET505  (a jitted function sees both branches unless they are these)
+        return tl.reduce(values, AXIS, _larger)
 
 
 @triton.jit
@@ -72,16 +95,13 @@ def _largest_of_units(
         logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
         if COLUMNS > COLUMN_UNIT:
             logits = tl.where(is_column[None, :], logits, float("-inf"))
-    logits = tl.reshape(logits, [rows.shape[0], COLUMNS, UNITS])
-    # A maximum drops NaN and a sum keeps it.
-    total = tl.sum(logits, 1)
-    return tl.where(total != total, total, tl.max(logits, 1))
+    return _largest(tl.reshape(logits, [rows.shape[0], COLUMNS, UNITS]), 1)
 
 
 @triton.jit
 def _add_units(largest, running_max, running_sum, qk_scale):
     """Add units to the running maximum (unscaled) and sum of each row and place."""
-    new_max = tl.maximum(running_max, largest, propagate_nan=tl.PropagateNan.ALL)
+    new_max = _larger(running_max, largest)
     base = tl.where(new_max == float("-inf"), 0.0, new_max)
     running_sum = running_sum * tl.math.exp2((running_max - base) * qk_scale)
     return new_max, running_sum + tl.math.exp2((largest - base) * qk_scale)
@@ -130,7 +150,7 @@ def _write_from_memory(
             maximum = tl.load(final_ptr + rows)
             factor = tl.load(final_ptr + ROW_UNITS * ROWS + rows)
             weight = tl.math.exp2((largest - maximum[:, None]) * qk_scale) * factor[:, None]
-            result = tl.maximum(result, weight, propagate_nan=tl.PropagateNan.ALL)
+            result = _larger(result, weight)
         target = map_ptr + row_units.to(tl.int64)[:, None] * num_column_units + units[None, :]
         _write(result, target, is_row_unit[:, None] & (units < last)[None, :], IS_SHARED)
 
@@ -261,8 +281,7 @@ def score_blocks(
             running_max, running_sum = _add_units(largest, running_max, running_sum, qk_scale)
             if KEEP:
                 tl.store(kept + step * UNITS, largest)
-        total = tl.sum(running_max, 1)
-        maximum = tl.where(total != total, total, tl.max(running_max, 1))
+        maximum = _largest(running_max, 1)
         is_seeing = is_row & (maximum != float("-inf"))
         maximum = tl.where(is_seeing, maximum, float("inf"))
         scaled = tl.math.exp2((running_max - maximum[:, None]) * qk_scale) * running_sum
@@ -295,8 +314,7 @@ def score_blocks(
                     )  # fmt: skip
                     weight = tl.math.exp2((largest - maximum[:, None]) * qk_scale)
                     weight = tl.reshape(weight * factor[:, None], [ROW_UNITS, ROWS, UNITS])
-                    spoilt = tl.sum(weight, 1)
-                    result = tl.where(spoilt != spoilt, spoilt, tl.max(weight, 1))
+                    result = _largest(weight, 1)
                 columns = step * UNITS + units
                 pointers = target + row_units.to(tl.int64)[:, None] * num_column_units
                 mask = is_row_unit[:, None] & (columns < num_column_units)[None, :]
