@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from seer_compile.errors import HeadConfigError, ShapeError
-from seer_compile.kernels import scoring, selection
+from seer_compile.kernels import by_device, scoring
 from seer_compile.kernels.checks import (
     BUDGET_DTYPES,
     SELECTOR_NAMES,
@@ -32,6 +32,7 @@ from seer_compile.kernels.geometry import Grid
 from seer_compile.types import VISIBILITY_ARGUMENTS, Visibility
 
 NAMESPACE = "seer_compile"
+DEVICES = ("cpu", "cuda")
 
 
 def _units(tokens: int, size: int) -> int:
@@ -74,29 +75,13 @@ def _check_pool(tokens: Tensor, size: int, kinds: str, padding: Tensor | None) -
         )
 
 
-@custom_op(f"{NAMESPACE}::pool_features.v1", mutates_args=(), device_types="cpu")
+@custom_op(f"{NAMESPACE}::pool_features.v1", mutates_args=(), device_types=DEVICES)
 def pool_features(
     tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
 ) -> Tensor:
-    """CPU kernel."""
+    """Both devices."""
     _check_features(tokens, weight, size, kinds, padding)
-    return scoring.pool_features(tokens, weight, size, kinds, padding)
-
-
-@pool_features.register_kernel("cuda")
-def _(
-    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
-) -> Tensor:
-    from seer_compile.kernels.triton import pool_blocks as pool
-    from seer_compile.kernels.triton import pool_features as kernel
-
-    _check_features(tokens, weight, size, kinds, padding)
-    if tokens.dtype is torch.float32 or weight.shape[0] > tokens.shape[1]:
-        # Exact products do not run on the tensor cores, and for the query heads of a key head a
-        # product of its own is the faster one: 0.080 ms against 0.111 (one H200, 32,768 tokens, 8
-        # key heads of D128 for 32 query heads).
-        return scoring.project(pool.launch(tokens, size, kinds, padding), weight)
-    return kernel.launch(tokens, weight, size, kinds, padding)
+    return by_device.pool_features(tokens, weight, size, kinds, padding)
 
 
 @pool_features.register_fake
@@ -122,7 +107,7 @@ def _check_features(
         )
 
 
-@custom_op(f"{NAMESPACE}::block_scores.v1", mutates_args=(), device_types="cpu")
+@custom_op(f"{NAMESPACE}::block_scores.v1", mutates_args=(), device_types=DEVICES)
 def block_scores(
     query_features: Tensor,
     key_features: Tensor,
@@ -140,31 +125,13 @@ def block_scores(
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
 ) -> Tensor:
-    """CPU kernel."""
+    """Both devices."""
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
-    sizes = (sub_block, query_block, key_block, q_len, k_len, groups)
-    _check_scores(query_features, key_features, scale, *sizes, visibility)
-    return scoring.block_scores(query_features, key_features, scale, *sizes, visibility)
-
-
-@block_scores.register_kernel("cuda")
-def _(
-    query_features: Tensor,
-    key_features: Tensor,
-    scale: float,
-    sub_block: int,
-    query_block: int,
-    key_block: int,
-    q_len: int,
-    k_len: int,
-    groups: int,
-    *readable: Any,
-) -> Tensor:
-    from seer_compile.kernels.triton import block_scores as kernel
-
-    sizes = (sub_block, query_block, key_block, q_len, k_len, groups)
-    _check_scores(query_features, key_features, scale, *sizes, visibility_of(*readable))
-    return kernel.launch(query_features, key_features, scale, *sizes, *readable)
+    grid = Grid(q_len, k_len, query_block, key_block)
+    _check_scores(query_features, key_features, scale, sub_block, grid, groups, visibility)
+    return by_device.block_scores(
+        query_features, key_features, scale, sub_block, grid, groups, visibility
+    )
 
 
 @block_scores.register_fake
@@ -190,16 +157,14 @@ def _check_scores(
     key_features: Tensor,
     scale: float,
     sub_block: int,
-    query_block: int,
-    key_block: int,
-    q_len: int,
-    k_len: int,
+    grid: Grid,
     groups: int,
     visibility: Visibility,
 ) -> None:
+    q_len, k_len = grid.q_len, grid.k_len
     check_tensor("query_features", query_features, rank=4)
     check_scale(scale)
-    check_blocks(query_block, key_block, sub_block)
+    check_blocks(grid.query_unit, grid.key_unit, sub_block)
     check_integer("q_len", q_len, minimum=0)
     check_integer("k_len", k_len, minimum=0)
     check_integer("groups", groups, minimum=1)
@@ -224,7 +189,7 @@ def _check_scores(
     check_visibility(visibility, batch=batch, q_len=q_len, k_len=k_len, device=device)
 
 
-@custom_op(f"{NAMESPACE}::select_blocks.v1", mutates_args=(), device_types="cpu")
+@custom_op(f"{NAMESPACE}::select_blocks.v1", mutates_args=(), device_types=DEVICES)
 def select_blocks(
     scores: Tensor,
     budget: Tensor,
@@ -240,30 +205,11 @@ def select_blocks(
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """CPU kernel."""
+    """Both devices."""
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
     grid = Grid(q_len, k_len, query_block, key_block)
     _check_select(scores, budget, selector, grid, visibility)
-    return selection.select(scores, budget, selector, grid, visibility)
-
-
-@select_blocks.register_kernel("cuda")
-def _(
-    scores: Tensor,
-    budget: Tensor,
-    selector: str,
-    query_block: int,
-    key_block: int,
-    q_len: int,
-    k_len: int,
-    *readable: Any,
-) -> tuple[Tensor, Tensor]:
-    from seer_compile.kernels.triton import select_blocks as kernel
-
-    grid = Grid(q_len, k_len, query_block, key_block)
-    _check_select(scores, budget, selector, grid, visibility_of(*readable))
-    sizes = (query_block, key_block, q_len, k_len)
-    return kernel.launch(scores, budget, selector, *sizes, *readable)
+    return by_device.select_blocks(scores, budget, selector, grid, visibility)
 
 
 @select_blocks.register_fake

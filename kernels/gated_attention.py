@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from seer_compile.errors import RangeError
-from seer_compile.kernels import counters, observation
+from seer_compile.kernels import by_device, counters, observation
 from seer_compile.kernels.dense import dense_attention, dense_reason
+from seer_compile.kernels.geometry import Grid
 from seer_compile.types import SiteInputs, Visibility
 
 MODE_DENSE, MODE_AUTO, MODE_SPARSE, MODE_FULL_BUDGET = 0, 1, 2, 3
@@ -233,7 +234,7 @@ def _window(visibility: Visibility, rows: slice, keys: slice) -> Visibility:
 
 
 def _key_features(key: Tensor, gate: GateArguments, visibility: Visibility) -> Tensor:
-    return torch.ops.seer_compile.pool_features.v1(
+    return by_device.pool_features(
         key, gate.key_weight, gate.sub_block, gate.key_pools, visibility.key_padding
     )
 
@@ -242,23 +243,22 @@ def _select(
     queries: Tensor, key_features: Tensor, gate: GateArguments, slab: _Slab, k_len: int
 ) -> tuple[Tensor, Tensor]:
     """Return indices and counts for one slab of rows; the budget is that of all the keys."""
-    query_features = torch.ops.seer_compile.pool_features.v1(
+    query_features = by_device.pool_features(
         queries, gate.query_weight, gate.sub_block, gate.query_pools
     )
-    readable = slab.visibility.as_arguments().values()
     num_keys = slab.keys.stop
-    grid = (gate.query_block, gate.key_block, queries.shape[2], num_keys)
-    scores = torch.ops.seer_compile.block_scores.v1(
+    grid = Grid(queries.shape[2], num_keys, gate.query_block, gate.key_block)
+    scores = by_device.block_scores(
         query_features,
         key_features[:, :, : -(-num_keys // gate.sub_block)],
         gate.scale,
         gate.sub_block,
-        *grid,
+        grid,
         queries.shape[1] // gate.budget.shape[0],
-        *readable,
+        slab.visibility,
     )
     budget = budget_at(gate.budget, gate.budget_lengths, k_len)
-    return torch.ops.seer_compile.select_blocks.v1(scores, budget, gate.selector, *grid, *readable)
+    return by_device.select_blocks(scores, budget, gate.selector, grid, slab.visibility)
 
 
 def _meter(gate: GateArguments, slab: _Slab, counts: Tensor) -> None:
