@@ -37,6 +37,9 @@ def attention_mass(
     Returns:
         ``Float32[b h query_units key_units]``; a query unit that reads nothing is all zeros.
     """
+    # Mass is a share of what goes to keys, sinks left out. A sink scales a whole row by one factor:
+    # it changes neither the order of blocks nor their shares. A row that gives most to its sink
+    # would only weigh less in means over queries; without that weight budgets keep a little more.
     query_reduce, key_reduce = ("max", "max") if kind == "max" else ("mean", "sum")
     query, key = inputs.query.detach(), inputs.key.detach()
     if kind == "value":

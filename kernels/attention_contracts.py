@@ -3,7 +3,7 @@
 ``ops`` is the typed front of it; ``gated_contracts`` holds the operator of a whole site, and
 ``contracts`` those of the gate. Results of an attention lie as a contiguous ``b q h v`` under shape
 ``b h q v``, as SDPA's fused kernels return them: graphs hold views that are legal in that order
-only. ``lse`` has no gradient.
+only. ``lse`` has no gradient; where there are sinks, they are in it.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from seer_compile.kernels.checks import (
 )
 from seer_compile.kernels.contracts import NAMESPACE, visibility_of
 from seer_compile.kernels.gated_attention import empty_token_major
+from seer_compile.kernels.sinks import check_sinks, sinks_gradient, with_sinks
 from seer_compile.types import BlockSelection, Visibility
 
 
@@ -57,20 +58,40 @@ def block_sparse_attention(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CPU kernel."""
     readable = (upper, lower, offset, key_padding, query_documents, key_documents)
     sizes = (scale, query_block, key_block)
     visibility = _check(query, key, value, indices, counts, *sizes, *readable)
-    return blockwise.attention_forward(query, key, value, indices, counts, *sizes, visibility)
+    check_sinks(sinks, query)
+    operands = (query, key, value, indices, counts)
+    return with_sinks(blockwise.attention_forward(*operands, *sizes, visibility), sinks)
 
 
 @block_sparse_attention.register_kernel("cuda")
 def _(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, *rest: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float,
+    query_block: int,
+    key_block: int,
+    upper: int | None = None,
+    lower: int | None = None,
+    offset: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, indices, counts, *rest)
-    return engines.forward(query, key, value, indices, counts, *rest)
+    readable = (upper, lower, offset, key_padding, query_documents, key_documents)
+    arguments = (query, key, value, indices, counts, scale, query_block, key_block, *readable)
+    _check(*arguments)
+    check_sinks(sinks, query)
+    return with_sinks(engines.forward(*arguments), sinks)
 
 
 @block_sparse_attention.register_fake
@@ -181,10 +202,23 @@ def saved_inputs(ctx: Any) -> tuple[tuple[Tensor, Tensor], list[Any]]:
 
 
 def _attention_gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    results, (query, key, value, *rest) = saved_inputs(ctx)
+    results, (*inputs, sinks) = saved_inputs(ctx)
     operator = torch.ops.seer_compile.block_sparse_attention_backward.v1
-    gradients = operator(grad_out, query, key, value, *results, *rest)
-    return (*gradients, *(None for _ in rest))
+    gradients = operator(grad_out, *inputs[:3], *results, *inputs[3:])
+    return (
+        *gradients,
+        *(None for _ in inputs[3:]),
+        gradient_of_sinks(ctx, grad_out, results, sinks),
+    )
+
+
+def gradient_of_sinks(
+    ctx: Any, grad_out: Tensor, results: tuple[Tensor, Tensor], sinks: Tensor | None
+) -> Tensor | None:
+    """Return the gradient of an operator's last input where it is asked for."""
+    if sinks is None or not ctx.needs_input_grad[-1]:
+        return None
+    return sinks_gradient(grad_out, *results, sinks)
 
 
 block_sparse_attention.register_autograd(_attention_gradients, setup_context=save_inputs)

@@ -14,6 +14,7 @@ from seer_compile.kernels.arguments import (
     joined_pools,
     readable_arguments,
     require_attention,
+    require_optional_tensor,
     require_selection,
     require_tensor,
     scale_or_default,
@@ -27,6 +28,7 @@ from seer_compile.kernels.checks import (
     check_visibility,
 )
 from seer_compile.kernels.dense import dense_attention as _dense_attention
+from seer_compile.kernels.sinks import check_sinks
 from seer_compile.types import BlockSelection, BlockSize, PoolKind, Visibility
 
 
@@ -39,8 +41,11 @@ def block_sparse_attention(
     block_size: BlockSize,
     scale: float | None = None,
     visibility: Visibility | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attend to the readable keys of the selected blocks only. Differentiable in q, k and v.
+    """Attend to the readable keys of the selected blocks only.
+
+    Differentiable in query, key, value and sinks.
 
     Args:
         query: ``Float[b h q d]``.
@@ -51,10 +56,13 @@ def block_sparse_attention(
         block_size: Tokens per block.
         scale: Factor on the logits; ``1 / sqrt(d)`` when None.
         visibility: What each query may read; everything when None.
+        sinks: ``Float[h]``: a logit per head that takes part in the softmax and has no value, as
+            one more key would that every query reads; none when None.
 
     Returns:
         ``Float[b h q v]``, lying as a contiguous ``b q h v``, and the log-sum-exp of every row,
-        ``Float32[b h q]``, which has no gradient. A row that reads nothing is 0 and -inf.
+        the sink in it, ``Float32[b h q]``, which has no gradient. A row that reads nothing is 0
+        and its sink, or -inf.
 
     Raises:
         SeerInputError: A malformed argument.
@@ -78,8 +86,9 @@ def block_sparse_attention(
     selection = require_selection(selection, query, key, value, blocks)
     factor = scale_or_default(scale, query)
     readable = readable_arguments(visibility, query)
+    require_optional_tensor("sinks", sinks, like=query)
     return torch.ops.seer_compile.block_sparse_attention.v1(
-        query, key, value, *selection, factor, *blocks, *readable
+        query, key, value, *selection, factor, *blocks, *readable, sinks
     )
 
 
@@ -102,11 +111,12 @@ def gated_attention(
     scale: float | None = None,
     site: str = "",
     visibility: Visibility | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Answer a whole site: pool, project, score, select and attend, or attend densely.
 
-    One operator: no tensor with a block-count axis meets a tracer. Differentiable in query, key
-    and value; the gate's weights get no gradient from here.
+    One operator: no tensor with a block-count axis meets a tracer. Differentiable in query,
+    key, value and sinks; the gate's weights get no gradient from here.
 
     Args:
         query: ``Float[b h q d]``.
@@ -128,10 +138,11 @@ def gated_attention(
         scale: Factor on the logits; ``1 / sqrt(d)`` when None.
         site: Name under which :mod:`~seer_compile.kernels.counters` counts the call.
         visibility: What each query may read.
+        sinks: ``Float[h]``; see :func:`block_sparse_attention`.
 
     Returns:
         ``Float[b h q v]``, lying as a contiguous ``b q h v``, and ``Float32[b h q]``: the
-        log-sum-exp of the sparse path, undefined on the dense path.
+        log-sum-exp of the sparse path, the sink in it; without sinks undefined on the dense path.
 
     Raises:
         SeerInputError: A malformed argument.
@@ -145,6 +156,7 @@ def gated_attention(
     for name, tensor in zip(("query_weight", "key_weight", "budget"), tensors, strict=False):
         require_tensor(name, tensor, like=query)
     require_tensor("mode", mode)
+    require_optional_tensor("sinks", sinks, like=query)
     check_integer("sub_block", sub_block, minimum=1)
     check_flag("share_group", share_group)
     check_choice("selector", selector, contracts.SELECTOR_NAMES)
@@ -167,6 +179,7 @@ def gated_attention(
         list(budget_lengths),
         site,
         *readable_arguments(visibility, query),
+        sinks,
     )
 
 
@@ -177,6 +190,7 @@ def dense_attention(
     *,
     scale: float | None = None,
     visibility: Visibility | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend to every readable key; checked front of :func:`.dense.dense_attention`."""
     require_attention(query, key, value)
@@ -184,5 +198,7 @@ def dense_attention(
     visibility = as_visibility(visibility)
     lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
     check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)
+    require_optional_tensor("sinks", sinks, like=query)
+    check_sinks(sinks, query)
     factor = scale_or_default(scale, query)
-    return _dense_attention(query, key, value, scale=factor, visibility=visibility)
+    return _dense_attention(query, key, value, scale=factor, visibility=visibility, sinks=sinks)

@@ -18,6 +18,7 @@ from seer_compile.kernels.attention_contracts import (
     check_results,
     fake_attention,
     fake_gradients,
+    gradient_of_sinks,
     save_inputs,
     saved_inputs,
 )
@@ -36,6 +37,7 @@ from seer_compile.kernels.checks import (
 )
 from seer_compile.kernels.contracts import NAMESPACE, visibility_of
 from seer_compile.kernels.gated_attention import GateArguments
+from seer_compile.kernels.sinks import check_sinks
 from seer_compile.types import Visibility
 
 
@@ -64,6 +66,7 @@ def gated(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both devices: the composition calls operators, which know theirs."""
     gate = GateArguments(
@@ -83,8 +86,8 @@ def gated(
         site,
     )
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
-    _check_gated(query, key, value, gate, visibility)
-    return gated_attention.forward(query, key, value, gate, visibility)
+    _check_gated(query, key, value, gate, visibility, sinks)
+    return gated_attention.forward(query, key, value, gate, visibility, sinks)
 
 
 @gated.register_fake
@@ -122,6 +125,7 @@ def gated_backward(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both devices; makes the selection again."""
     gate = GateArguments(
@@ -141,9 +145,10 @@ def gated_backward(
         site,
     )
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
-    _check_gated(query, key, value, gate, visibility)
+    _check_gated(query, key, value, gate, visibility, sinks)
     check_results(query, value, grad_out=grad_out, out=out, lse=lse)
-    return gated_attention.backward(grad_out, query, key, value, out, lse, gate, visibility)
+    operands = (query, key, value, out, lse, gate, visibility)
+    return gated_attention.backward(grad_out, *operands, has_sinks=sinks is not None)
 
 
 @gated_backward.register_fake
@@ -159,9 +164,14 @@ _MOST_PASSED = 1024
 
 
 def _check_gated(
-    query: Tensor, key: Tensor, value: Tensor, gate: GateArguments, visibility: Visibility
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: GateArguments,
+    visibility: Visibility,
+    sinks: Tensor | None,
 ) -> None:
-    tensors = (query, key, value, *gate[:4], *visibility.as_arguments().values())
+    tensors = (query, key, value, *gate[:4], *visibility.as_arguments().values(), sinks)
     looks = (
         *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors),
         *(tuple(part) if isinstance(part, list) else part for part in gate[4:-1]),
@@ -169,6 +179,7 @@ def _check_gated(
     if looks in _PASSED:
         return
     _check_gated_in_full(query, key, value, gate, visibility)
+    check_sinks(sinks, query)
     if len(_PASSED) >= _MOST_PASSED:
         _PASSED.clear()
     _PASSED.add(looks)
@@ -212,10 +223,11 @@ def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]
 
 
 def _gated_gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    results, (query, key, value, *rest) = saved_inputs(ctx)
+    results, inputs = saved_inputs(ctx)
     operator = torch.ops.seer_compile.gated_attention_backward.v1
-    gradients = operator(grad_out, query, key, value, *results, *rest)
-    return (*gradients, *(None for _ in rest))
+    gradients = operator(grad_out, *inputs[:3], *results, *inputs[3:])
+    sinks = gradient_of_sinks(ctx, grad_out, results, inputs[-1])
+    return (*gradients, *(None for _ in inputs[3:-1]), sinks)
 
 
 gated.register_autograd(_gated_gradients, setup_context=_save_gated)

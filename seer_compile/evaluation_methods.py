@@ -180,6 +180,7 @@ class DenseTimer:
                 inputs.value,
                 scale=inputs.scale,
                 visibility=inputs.visibility,
+                sinks=inputs.sinks,
             )
 
 

@@ -293,6 +293,12 @@ class SiteInputs:
     """``Float[b g k v]``."""
     scale: float
     visibility: Visibility
+    sinks: Tensor | None = None
+    """``Float[h]``: logits that take part in the softmax and have no value."""
+
+    def last_arguments(self) -> tuple[Any, ...]:
+        """Return what operators of attention take last: the visibility, then the sinks."""
+        return (*self.visibility.as_arguments().values(), self.sinks)
 
 
 class SiteHandler(Protocol):
