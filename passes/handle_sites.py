@@ -45,7 +45,9 @@ class SiteCall(nn.Module):
         super().__init__()
         self.name, self.scale, self.handler = name, scale, handler
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *visibility: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *visibility: Any
+    ) -> Tensor:
         """Return ``Float[b h q v]`` with the strides of an attention operator."""
         inputs = SiteInputs(
             name=self.name,
@@ -54,6 +56,7 @@ class SiteCall(nn.Module):
             value=value,
             scale=self.scale,
             visibility=Visibility(**dict(zip(VISIBILITY_ARGUMENTS, visibility, strict=True))),
+            sinks=sinks,
         )
         output = self.handler()(inputs)
         expected = (*query.shape[:3], value.shape[3])
@@ -90,7 +93,9 @@ def handle_sites(
         builder = NodeBuilder(graph_module, site.output, site.name)
         operands = [
             builder.replay(Operand(node=moved.get(item.node, item.node), steps=item.steps))
-            for item in (site.query, site.key, site.value)
+            if item is not None
+            else None
+            for item in (site.query, site.key, site.value, site.sinks)
         ]
         visibility = materialise(decision.proof, site, graph_module.graph)
         path = builder.add_submodule(

@@ -161,6 +161,8 @@ class AttentionSite:
     """The node whose value is replaced."""
     output_steps: tuple[LayoutStep, ...] = ()
     """Layout calls from ``Float[b h q v]`` to the layout of ``output``."""
+    sinks: Operand | None = None
+    """``Float[h]``: logits that take part in the softmax and have no value."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -191,7 +193,7 @@ class SkipCode(enum.Enum):
     DROPOUT = "dropout is active"
     WEIGHTS_ESCAPE = "attention weights are used outside the site"
     SOFTCAP = "logit soft-capping"
-    SINK_LOGIT = "learned sink logit"
+    SINK_LOGIT = "sink logit of another form"
     FLOAT_BIAS = "floating-point bias on the logits"
     OPAQUE_MASK = "mask could not be proved"
     AMBIGUOUS = "dataflow between the two products is ambiguous"
