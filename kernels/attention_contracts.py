@@ -21,6 +21,7 @@ from seer_compile.kernels.checks import (
     check_blocks,
     check_scale,
     check_selection,
+    check_softcap,
     check_tensor,
     check_visibility,
 )
@@ -28,6 +29,9 @@ from seer_compile.kernels.contracts import NAMESPACE, visibility_of
 from seer_compile.kernels.gated_attention import empty_token_major
 from seer_compile.kernels.sinks import check_sinks, sinks_gradient, with_sinks
 from seer_compile.types import BlockSelection, Visibility
+
+_BEFORE_SOFTCAP = 11
+"""Arguments from the selection to the documents, in the operators' order."""
 
 
 def fake_attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -58,6 +62,7 @@ def block_sparse_attention(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CPU kernel."""
@@ -65,8 +70,10 @@ def block_sparse_attention(
     sizes = (scale, query_block, key_block)
     visibility = _check(query, key, value, indices, counts, *sizes, *readable)
     check_sinks(sinks, query)
+    check_softcap(softcap)
     operands = (query, key, value, indices, counts)
-    return with_sinks(blockwise.attention_forward(*operands, *sizes, visibility), sinks)
+    results = blockwise.attention_forward(*operands, *sizes, visibility, softcap)
+    return with_sinks(results, sinks)
 
 
 @block_sparse_attention.register_kernel("cuda")
@@ -85,13 +92,15 @@ def _(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     readable = (upper, lower, offset, key_padding, query_documents, key_documents)
     arguments = (query, key, value, indices, counts, scale, query_block, key_block, *readable)
     _check(*arguments)
     check_sinks(sinks, query)
-    return with_sinks(engines.forward(*arguments), sinks)
+    check_softcap(softcap)
+    return with_sinks(engines.forward(*arguments, softcap=softcap), sinks)
 
 
 @block_sparse_attention.register_fake
@@ -140,14 +149,16 @@ def block_sparse_attention_backward(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CPU kernel."""
     readable = (upper, lower, offset, key_padding, query_documents, key_documents)
     sizes = (scale, query_block, key_block)
     visibility = _check(query, key, value, indices, counts, *sizes, *readable)
     check_results(query, value, grad_out=grad_out, out=out, lse=lse)
+    check_softcap(softcap)
     results = (grad_out, query, key, value, out, lse, indices, counts)
-    return blockwise.attention_backward(*results, *sizes, visibility)
+    return blockwise.attention_backward(*results, *sizes, visibility, softcap)
 
 
 @block_sparse_attention_backward.register_kernel("cuda")
@@ -162,9 +173,12 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from seer_compile.kernels.triton import attention_backward as kernel
 
+    # The dispatcher leaves out trailing defaults.
+    rest, softcap = rest[:_BEFORE_SOFTCAP], next(iter(rest[_BEFORE_SOFTCAP:]), None)
     _check(query, key, value, *rest)
     check_results(query, value, grad_out=grad_out, out=out, lse=lse)
-    return kernel.launch(grad_out, query, key, value, out, lse, *rest)
+    check_softcap(softcap)
+    return kernel.launch(grad_out, query, key, value, out, lse, *rest, softcap=softcap)
 
 
 @block_sparse_attention_backward.register_fake

@@ -25,6 +25,7 @@ from seer_compile.kernels.checks import (
     check_choice,
     check_flag,
     check_integer,
+    check_softcap,
     check_visibility,
 )
 from seer_compile.kernels.dense import dense_attention as _dense_attention
@@ -41,6 +42,7 @@ def block_sparse_attention(
     block_size: BlockSize,
     scale: float | None = None,
     visibility: Visibility | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attend to the readable keys of the selected blocks only.
@@ -56,6 +58,8 @@ def block_sparse_attention(
         block_size: Tokens per block.
         scale: Factor on the logits; ``1 / sqrt(d)`` when None.
         visibility: What each query may read; everything when None.
+        softcap: Bounds the logits by ``softcap * tanh(logits / softcap)``, before the mask; not
+            when None.
         sinks: ``Float[h]``: a logit per head that takes part in the softmax and has no value, as
             one more key would that every query reads; none when None.
 
@@ -87,8 +91,9 @@ def block_sparse_attention(
     factor = scale_or_default(scale, query)
     readable = readable_arguments(visibility, query)
     require_optional_tensor("sinks", sinks, like=query)
+    check_softcap(softcap)
     return torch.ops.seer_compile.block_sparse_attention.v1(
-        query, key, value, *selection, factor, *blocks, *readable, sinks
+        query, key, value, *selection, factor, *blocks, *readable, softcap, sinks
     )
 
 
@@ -111,6 +116,7 @@ def gated_attention(
     scale: float | None = None,
     site: str = "",
     visibility: Visibility | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Answer a whole site: pool, project, score, select and attend, or attend densely.
@@ -138,7 +144,8 @@ def gated_attention(
         scale: Factor on the logits; ``1 / sqrt(d)`` when None.
         site: Name under which :mod:`~seer_compile.kernels.counters` counts the call.
         visibility: What each query may read.
-        sinks: ``Float[h]``; see :func:`block_sparse_attention`.
+        softcap: See :func:`block_sparse_attention`.
+        sinks: ``Float[h]``; see there.
 
     Returns:
         ``Float[b h q v]``, lying as a contiguous ``b q h v``, and ``Float32[b h q]``: the
@@ -157,6 +164,7 @@ def gated_attention(
         require_tensor(name, tensor, like=query)
     require_tensor("mode", mode)
     require_optional_tensor("sinks", sinks, like=query)
+    check_softcap(softcap)
     check_integer("sub_block", sub_block, minimum=1)
     check_flag("share_group", share_group)
     check_choice("selector", selector, contracts.SELECTOR_NAMES)
@@ -179,6 +187,7 @@ def gated_attention(
         list(budget_lengths),
         site,
         *readable_arguments(visibility, query),
+        softcap,
         sinks,
     )
 
@@ -190,6 +199,7 @@ def dense_attention(
     *,
     scale: float | None = None,
     visibility: Visibility | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend to every readable key; checked front of :func:`.dense.dense_attention`."""
@@ -200,5 +210,8 @@ def dense_attention(
     check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)
     require_optional_tensor("sinks", sinks, like=query)
     check_sinks(sinks, query)
+    check_softcap(softcap)
     factor = scale_or_default(scale, query)
-    return _dense_attention(query, key, value, scale=factor, visibility=visibility, sinks=sinks)
+    return _dense_attention(
+        query, key, value, scale=factor, visibility=visibility, softcap=softcap, sinks=sinks
+    )

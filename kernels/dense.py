@@ -86,6 +86,7 @@ def dense_attention(
     *,
     scale: float,
     visibility: Visibility | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend to every readable key, by ``F.scaled_dot_product_attention``.
@@ -96,8 +97,9 @@ def dense_attention(
         value: ``Float[b g k v]``.
         scale: Factor on the logits.
         visibility: What each query may read; everything when None.
-        sinks: ``Float[h]``: logits that take part in the softmax and have no value. SDPA has none;
-            the block-sparse operator answers then, over every block.
+        softcap: Bounds the logits by ``softcap * tanh(logits / softcap)``, before the mask.
+        sinks: ``Float[h]``: logits that take part in the softmax and have no value. SDPA has
+            neither; the block-sparse operator answers then, over every block.
 
     Returns:
         ``Float[b h q v]`` in the strides that SDPA chose. A query that may read nothing gets 0.
@@ -113,8 +115,8 @@ def dense_attention(
         NaN in a key that is masked out may reach the output.
     """
     visibility = _folded(visibility or Visibility())
-    if sinks is not None:
-        return every_block.forward(query, key, value, scale, visibility, sinks)[0]
+    if softcap is not None or sinks is not None:
+        return every_block.forward(query, key, value, scale, visibility, softcap, sinks)[0]
     q_len, k_len = query.shape[2], key.shape[2]
     if query.numel() == 0 or k_len == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])

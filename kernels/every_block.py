@@ -1,6 +1,7 @@
 """Dense attention by the block-sparse operator: every block that the band shows.
 
-For what SDPA does not compute: attention with sinks, whose log-sum-exp it keeps to itself.
+For what SDPA does not compute: attention with a softcap, and with sinks, for which it would have to
+give away its log-sum-exp.
 """
 
 from __future__ import annotations
@@ -41,6 +42,7 @@ def forward(
     value: Tensor,
     scale: float,
     visibility: Visibility,
+    softcap: float | None,
     sinks: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse of attention to every readable key; see ``ops.block_sparse_attention``."""
@@ -52,6 +54,7 @@ def forward(
         scale,
         *BLOCKS,
         *visibility.as_arguments().values(),
+        softcap,
         sinks,
     )
 
@@ -65,6 +68,7 @@ def backward(
     lse: Tensor,
     scale: float,
     visibility: Visibility,
+    softcap: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, given what :func:`forward` returned."""
     return torch.ops.seer_compile.block_sparse_attention_backward.v1(
@@ -78,4 +82,5 @@ def backward(
         scale,
         *BLOCKS,
         *visibility.as_arguments().values(),
+        softcap,
     )

@@ -64,14 +64,15 @@ def forward(
     value: Tensor,
     gate: GateArguments,
     visibility: Visibility,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse; see ``ops.gated_attention``."""
     reason = path_of(query, key, value, gate)
     counters.record(gate.site, "sparse" if reason is None else f"dense:{reason}")
-    _show(query, key, value, gate, visibility, sinks)
-    if reason is not None and sinks is not None:
-        return every_block.forward(query, key, value, gate.scale, visibility, sinks)
+    _show(query, key, value, gate, visibility, softcap, sinks)
+    if reason is not None and not (softcap is sinks is None):
+        return every_block.forward(query, key, value, gate.scale, visibility, softcap, sinks)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if reason is not None:
         # Nobody reads the log-sum-exp then: at short lengths filling it would show.
@@ -94,6 +95,7 @@ def forward(
             gate.query_block,
             gate.key_block,
             *slab.visibility.as_arguments().values(),
+            softcap,
             sinks,
         )
         if len(slabs) == 1:
@@ -108,6 +110,7 @@ def _show(
     value: Tensor,
     gate: GateArguments,
     visibility: Visibility,
+    softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
     observers = observation.active()
@@ -119,6 +122,7 @@ def _show(
             value=value,
             scale=gate.scale,
             visibility=visibility,
+            softcap=softcap,
             sinks=sinks,
         )
         for observer in observers:
@@ -134,14 +138,15 @@ def backward(
     lse: Tensor,
     gate: GateArguments,
     visibility: Visibility,
+    softcap: float | None = None,
     *,
     has_sinks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, contiguous, given the forward's results."""
     is_dense = path_of(query, key, value, gate) is not None
-    if is_dense and has_sinks:
+    if is_dense and (has_sinks or softcap is not None):
         operands = (query, key, value, out, lse)
-        return every_block.backward(grad_out, *operands, gate.scale, visibility)
+        return every_block.backward(grad_out, *operands, gate.scale, visibility, softcap)
     if is_dense:
         return _dense_backward(grad_out, query, key, value, gate.scale, visibility)
     key_features = _key_features(key, gate, visibility)
@@ -166,6 +171,7 @@ def backward(
             gate.query_block,
             gate.key_block,
             *slab.visibility.as_arguments().values(),
+            softcap,
         )
         grad_query[:, :, slab.rows] = parts[0]
         grad_key[:, :, slab.keys] += parts[1]

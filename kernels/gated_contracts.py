@@ -32,6 +32,7 @@ from seer_compile.kernels.checks import (
     check_gate,
     check_integer,
     check_scale,
+    check_softcap,
     check_tensor,
     check_visibility,
 )
@@ -66,6 +67,7 @@ def gated(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both devices: the composition calls operators, which know theirs."""
@@ -86,8 +88,8 @@ def gated(
         site,
     )
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
-    _check_gated(query, key, value, gate, visibility, sinks)
-    return gated_attention.forward(query, key, value, gate, visibility, sinks)
+    _check_gated(query, key, value, gate, visibility, softcap, sinks)
+    return gated_attention.forward(query, key, value, gate, visibility, softcap, sinks)
 
 
 @gated.register_fake
@@ -125,6 +127,7 @@ def gated_backward(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Both devices; makes the selection again."""
@@ -145,9 +148,9 @@ def gated_backward(
         site,
     )
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
-    _check_gated(query, key, value, gate, visibility, sinks)
+    _check_gated(query, key, value, gate, visibility, softcap, sinks)
     check_results(query, value, grad_out=grad_out, out=out, lse=lse)
-    operands = (query, key, value, out, lse, gate, visibility)
+    operands = (query, key, value, out, lse, gate, visibility, softcap)
     return gated_attention.backward(grad_out, *operands, has_sinks=sinks is not None)
 
 
@@ -169,9 +172,11 @@ def _check_gated(
     value: Tensor,
     gate: GateArguments,
     visibility: Visibility,
+    softcap: float | None,
     sinks: Tensor | None,
 ) -> None:
-    tensors = (query, key, value, *gate[:4], *visibility.as_arguments().values(), sinks)
+    others = (*visibility.as_arguments().values(), softcap, sinks)
+    tensors = (query, key, value, *gate[:4], *others)
     looks = (
         *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors),
         *(tuple(part) if isinstance(part, list) else part for part in gate[4:-1]),
@@ -179,6 +184,7 @@ def _check_gated(
     if looks in _PASSED:
         return
     _check_gated_in_full(query, key, value, gate, visibility)
+    check_softcap(softcap)
     check_sinks(sinks, query)
     if len(_PASSED) >= _MOST_PASSED:
         _PASSED.clear()

@@ -31,7 +31,7 @@ from seer_compile.kernels.attention_ops import (
     dense_attention,
     gated_attention,
 )
-from seer_compile.kernels.checks import check_choice, check_integer, check_scale
+from seer_compile.kernels.checks import check_choice, check_integer, check_scale, check_softcap
 from seer_compile.types import BlockSelection, BlockSize, PoolKind, Visibility
 
 __all__ = [
@@ -196,6 +196,7 @@ def attention_mass(
     key_reduce: str = "sum",
     scale: float | None = None,
     visibility: Visibility | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return attention probability per pair of units: what gates learn to predict.
 
@@ -208,6 +209,7 @@ def attention_mass(
         key_reduce: ``sum`` over the keys of a unit, the mass, or ``max``, the published map.
         scale: Factor on the logits; ``1 / sqrt(d)`` when None.
         visibility: What each query may read.
+        softcap: Bounds the logits by ``softcap * tanh(logits / softcap)``, before the mask.
 
     Returns:
         ``Float32[b h ceil(q/query_unit) ceil(k/key_unit)]`` in [0, 1].
@@ -216,7 +218,8 @@ def attention_mass(
         SeerInputError: A malformed argument.
 
     Cost:
-        The products of dense attention's first half; memory for the result only. No gradient.
+        The products of dense attention's first half; memory for the result only. With a softcap on
+        CUDA in float32, by PyTorch's operators, in slabs of 512 MB. No gradient.
     """
     require_tensor("query", query)
     require_tensor("key", key, like=query)
@@ -224,7 +227,9 @@ def attention_mass(
         check_integer(name, number, minimum=1)
     check_choice("query_reduce", query_reduce, ("mean", "max"))
     check_choice("key_reduce", key_reduce, ("sum", "max"))
+    check_softcap(softcap)
     units = (query_unit, key_unit, query_reduce, key_reduce)
+    readable = readable_arguments(visibility, query)
     return torch.ops.seer_compile.attention_mass.v1(
-        query, key, scale_or_default(scale, query), *units, *readable_arguments(visibility, query)
+        query, key, scale_or_default(scale, query), *units, *readable, softcap
     )

@@ -90,6 +90,14 @@ def drop_column(match: Match, cut: Node, source: Node, layout: Layout) -> None:
     sink.column = "none"
 
 
+def letters_of_sinks(match: Match) -> Letters:
+    """Return along which letters a match's sinks differ; they are heads, then."""
+    if match.sink is None or match.obstacles:
+        return ()
+    states = peel(match.sink.node, match.sink.layout, frozenset(), match.book)
+    return tuple(min((_held(state.layout, match.book) for state in states), key=len))
+
+
 def sinks_operand(match: Match, heads: Letters, mutations: Mutations) -> Operand | None:
     """Return a match's sinks as ``Float[h]``; None where there are none, or with an obstacle.
 

@@ -19,7 +19,7 @@ from torch.fx import GraphModule, Node
 
 from seer_compile.passes.attention_axes import Arrangement, arrange, heads_among_rows
 from seer_compile.passes.constant_scalars import ConstantScalars
-from seer_compile.passes.find_sinks import sinks_operand
+from seer_compile.passes.find_sinks import letters_of_sinks, sinks_operand
 from seer_compile.passes.fx_utils import (
     is_known,
     packet_of,
@@ -93,7 +93,8 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
     if products is not None:
         masked = _masked_letters(match.mask_terms)
         products = match.products = heads_among_rows(products, match.book, masked)
-        arrangement = arrange(products, match.book, dtype_of(match.output), masked)
+        sinks = letters_of_sinks(match)
+        arrangement = arrange(products, match.book, dtype_of(match.output), masked, sinks)
     if match.dropout:
         match.refuse(SkipCode.DROPOUT, f"p={match.dropout:g}")
     if path:

@@ -99,6 +99,8 @@ def _insert_scores(
         *(key, config.sub_block, ",".join(config.key_pools), visibility.key_padding),
         role="gate",
     )
+    # A softcap bends the logits of attention, not those of a gate: it keeps their order, and the
+    # gate learns the shares that it leaves.
     features = [
         builder.call(project, pooled, builder.attribute(f"{path}.{name}", gate=path), role="gate")
         for pooled, name in ((pooled_query, "query_weight"), (pooled_key, "key_weight"))

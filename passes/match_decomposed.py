@@ -97,8 +97,7 @@ def _follow_effects(match: Match, chain: LogitChain, product: Contraction) -> La
         match.refuse(SkipCode.AMBIGUOUS, f"logits are at least {match.floor:g}")
     if match.shift > MOST_SHIFTED:
         match.refuse(SkipCode.AMBIGUOUS, f"logits are shifted by {match.shift:g}")
-    if match.softcap is not None:
-        match.refuse(SkipCode.SOFTCAP, f"logits are bounded by {match.softcap:g}")
+    _settle_softcap(match)
     return layout
 
 
@@ -110,12 +109,34 @@ def _apply(match: Match, effect: Effect, layout: Layout) -> None:
     elif effect.kind == "centre":
         match.is_centred = True
     elif effect.kind == "tanh":
-        match.softcap = 1.0
+        _cap(match, effect)
     elif effect.kind == "floor":
         match.floor = max(match.floor, effect.number)
     elif effect.kind in ("add", "masked_fill", "where") and effect.operand is not None:
         term = MaskTerm(effect.kind, effect.operand, effect.fill, layout, effect.number)
         match.mask_terms.append(term)
+
+
+def _cap(match: Match, effect: Effect) -> None:
+    """Note a hyperbolic tangent; refused unless it bounds scaled products and nothing else."""
+    if match.softcap is not None:
+        match.refuse(SkipCode.SOFTCAP, f"{cited(effect.node)} is the second one")
+    if match.mask_terms:
+        match.refuse(SkipCode.SOFTCAP, f"{cited(effect.node)} bounds masked logits")
+    if match.shift or match.is_centred or match.floor > -math.inf:
+        match.refuse(SkipCode.SOFTCAP, f"{cited(effect.node)} bounds logits that were shifted")
+    match.softcap = 1.0
+
+
+def _settle_softcap(match: Match) -> None:
+    """Write ``softcap * tanh(scale * x)`` as ``softcap * tanh(scale * softcap * x / softcap)``."""
+    if match.softcap is None:
+        return
+    if match.softcap == 0:
+        match.refuse(SkipCode.SOFTCAP, "logits are bounded by 0")
+    match.scale = (match.scale or 0.0) * match.softcap
+    # The tangent is odd: a negative bound is a negative scale, which the product already has.
+    match.softcap = abs(match.softcap)
 
 
 def _multiply(match: Match, factor: float) -> None:

@@ -180,6 +180,7 @@ class DenseTimer:
                 inputs.value,
                 scale=inputs.scale,
                 visibility=inputs.visibility,
+                softcap=inputs.softcap,
                 sinks=inputs.sinks,
             )
 

@@ -174,6 +174,7 @@ class AttentionSite:
     use; ``q`` and ``k`` are always there."""
     is_causal: bool = False
     softcap: float | None = None
+    """Bound of the logits: ``softcap * tanh(scale * q k^T / softcap)``, before the mask."""
     dropout: float = 0.0
     """Dropout probability in effect; 0 in evaluation."""
     obstacles: tuple[SkipReason, ...] = ()
@@ -192,7 +193,7 @@ class SkipCode(enum.Enum):
     DECODE = "one query token (decode)"
     DROPOUT = "dropout is active"
     WEIGHTS_ESCAPE = "attention weights are used outside the site"
-    SOFTCAP = "logit soft-capping"
+    SOFTCAP = "softcap of another form"
     SINK_LOGIT = "sink logit of another form"
     FLOAT_BIAS = "floating-point bias on the logits"
     OPAQUE_MASK = "mask could not be proved"
@@ -295,12 +296,14 @@ class SiteInputs:
     """``Float[b g k v]``."""
     scale: float
     visibility: Visibility
+    softcap: float | None = None
+    """Bound of the logits: ``softcap * tanh(logits / softcap)``, before the mask."""
     sinks: Tensor | None = None
     """``Float[h]``: logits that take part in the softmax and have no value."""
 
     def last_arguments(self) -> tuple[Any, ...]:
-        """Return what operators of attention take last: the visibility, then the sinks."""
-        return (*self.visibility.as_arguments().values(), self.sinks)
+        """Return what operators of attention take last: visibility, softcap, sinks."""
+        return (*self.visibility.as_arguments().values(), self.softcap, self.sinks)
 
 
 class SiteHandler(Protocol):

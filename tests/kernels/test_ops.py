@@ -159,7 +159,7 @@ def test_log_sum_exp_has_no_gradient(name):
 def test_keyword_arguments_and_defaults_reach_the_kernel(name):
     positional = arguments(name, CAUSAL)
     names = [argument.name for argument in overload(name)._schema.arguments]
-    assert names[len(positional) :] == ["sinks"]
+    assert names[len(positional) :] == ["softcap", "sinks"]
     named = dict(zip(names, positional, strict=False))
     expected = overload(name)(*positional)[0]
     assert_bitwise_equal(overload(name)(**named)[0], expected)

@@ -69,7 +69,7 @@ def sparse(tensors, selection, scale, visibility):
     query, key, value, sinks = tensors
     readable = visibility.as_arguments().values()
     operator = OPERATORS.block_sparse_attention.v1
-    return operator(query, key, value, *selection, scale, 32, 16, *readable, sinks)
+    return operator(query, key, value, *selection, scale, 32, 16, *readable, None, sinks)
 
 
 def meant(tensors, selection, scale, visibility):
@@ -100,7 +100,7 @@ def gate_arguments(mode, budget=0.5):
 
 def gated(tensors, arguments, visibility):
     readable = visibility.as_arguments().values()
-    return OPERATORS.gated_attention.v1(*tensors[:3], *arguments, *readable, tensors[3])
+    return OPERATORS.gated_attention.v1(*tensors[:3], *arguments, *readable, None, tensors[3])
 
 
 def in_float64(function, tensors):
@@ -157,7 +157,7 @@ def test_reference_is_a_softmax_over_one_more_column():
     column = sinks[:, None, None].expand(2, HEADS, LENGTH, 1)
     weights = torch.cat([logits, column], -1).softmax(-1)[..., :-1]
     expected = weights @ value.repeat_interleave(2, 1)
-    got = reference.dense_attention(query, key, value, scale, Visibility(), sinks)
+    got = reference.dense_attention(query, key, value, scale, Visibility(), sinks=sinks)
     torch.testing.assert_close(got, expected)
 
 
@@ -207,7 +207,7 @@ def test_dense_answer_of_a_site_with_sinks_is_exact(mode, visibility):
 
     def exactly(leaves):
         *leaves, sinks = leaves
-        return reference.dense_attention(*leaves, scale, visibility, sinks)
+        return reference.dense_attention(*leaves, scale, visibility, sinks=sinks)
 
     gold = in_float64(exactly, tensors)
     eager, *eager_gradients = from_saved_sums(tensors, grad, scale, visibility)
@@ -265,7 +265,7 @@ def test_every_block_holds_every_block_of_the_band(visibility):
 def test_lengths_of_every_kind_are_answered_densely_with_sinks(q_len, k_len):
     (query, key, value, sinks), scale = operands(q_len=q_len, k_len=k_len)
     out = dense_attention(query, key, value, scale=scale, sinks=sinks)
-    expected = reference.dense_attention(query, key, value, scale, Visibility(), sinks)
+    expected = reference.dense_attention(query, key, value, scale, Visibility(), sinks=sinks)
     torch.testing.assert_close(out, expected)
 
 
@@ -319,9 +319,9 @@ def test_operators_with_sinks_pass_opcheck(name, mode):
     query, key, value, sinks = (tensor.requires_grad_() for tensor in tensors)
     readable = tuple(VISIBILITIES["padded"].as_arguments().values())
     if name == "gated_attention":
-        arguments = (query, key, value, *gate_arguments(mode), *readable, sinks)
+        arguments = (query, key, value, *gate_arguments(mode), *readable, None, sinks)
     else:
-        arguments = (query, key, value, *chosen(), scale, 32, 16, *readable, sinks)
+        arguments = (query, key, value, *chosen(), scale, 32, 16, *readable, None, sinks)
     result = opcheck(getattr(OPERATORS, name).v1, arguments)
     assert set(result.values()) == {"SUCCESS"}
 

@@ -96,6 +96,19 @@ def einsum_over_tokens_first(q, k, v, sink):
 
 
 @near_miss("full", extra=sinks)
+def batch_and_heads_merged(q, k, v, sink):
+    q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+    sink = sink.view(1, -1, 1, 1).expand(B, -1, T, 1).reshape(B * H, T, 1)
+    return weighted(torch.cat([torch.bmm(q, k.mT), sink], -1), v)
+
+
+@near_miss("causal", extra=lambda: (draw(H, seed=7),))
+def no_batch_and_heads_in_two_dimensions(q, k, v, sink):
+    q, k, v = q[0].view(2, 2, T, D), k[0, :2, None], v[0, :2, None]
+    return weighted(torch.cat([masked(q, k), sink.view(2, 2, 1, 1).expand(2, 2, T, 1)], -1), v)
+
+
+@near_miss("full", extra=sinks)
 def both_shifted_alike(q, k, v, sink):
     return weighted(torch.cat([q @ k.mT, column(sink, q)], -1) - 1.5, v)
 
@@ -337,7 +350,7 @@ def test_a_handler_is_handed_the_sinks():
     inputs = inputs_of(70)
     torch.testing.assert_close(result.graph_module(*inputs), gpt_oss(*inputs))
     assert torch.equal(seen[0].sinks, inputs[3])
-    assert seen[0].last_arguments() == (0, None, None, None, None, None, seen[0].sinks)
+    assert seen[0].last_arguments() == (0, None, None, None, None, None, None, seen[0].sinks)
 
 
 def test_a_reason_names_what_joins_the_logits():

@@ -155,7 +155,7 @@ def learned_sink_beside_the_keys(layer, x):
     return F.softmax(joined, -1)[..., :-1] @ v
 
 
-@case(SkipCode.SOFTCAP)
+@case("causal")
 def logits_capped_softly(layer, x):
     q, k, v = heads_of(x)
     logits = ((q @ k.mT) / 50.0).tanh() * 50.0

@@ -143,7 +143,10 @@ def check_site(site, visibility, value, operand):
         assert torch.equal(real, readable[:, None].expand(b, h, q, k)), site.name
     group = h // site.kv_heads
     key, val = (x.repeat_interleave(group, 1).double() for x in (key, val))
-    logits = (query.double() @ key.mT * site.scale).masked_fill(~readable[:, None], float("-inf"))
+    logits = query.double() @ key.mT * site.scale
+    if site.softcap is not None:
+        logits = site.softcap * torch.tanh(logits / site.softcap)
+    logits = logits.masked_fill(~readable[:, None], float("-inf"))
     has_key = readable.any(-1)[:, None, :, None]
     if site.sinks is not None:
         sinks = operand(site.sinks)
