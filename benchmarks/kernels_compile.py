@@ -134,14 +134,14 @@ def _selection(batch, heads, q_len, k_len, query_block, key_block):
     return torch.zeros(shape, dtype=torch.int32), torch.zeros(shape[:3], dtype=torch.int32)
 
 
-def attention_forward(dtype, dim, query_block, key_block, selections, **visibility):
+def attention_forward(dtype, dim, query_block, key_block, selections, softcap=None, **visibility):
     from seer_compile.kernels.triton.attention_forward import launch
 
     query = torch.zeros(1, 8, 256, dim, dtype=dtype)
     key = torch.zeros(1, 2, 256, dim, dtype=dtype)
     indices, counts = _selection(1, selections, 256, 256, query_block, key_block)
     arguments = (query, key, key, indices, counts, 0.1, query_block, key_block)
-    launch(*arguments, **{"upper": 0, **visibility})
+    launch(*arguments, **{"upper": 0, **visibility}, softcap=softcap)
 
 
 def hopper_attention(dtype, dim, query_block, key_block, selections, **visibility):
@@ -154,7 +154,7 @@ def hopper_attention(dtype, dim, query_block, key_block, selections, **visibilit
     launch(*arguments, **{"upper": 0, **visibility})
 
 
-def attention_backward(dtype, dim, query_block, key_block, selections):
+def attention_backward(dtype, dim, query_block, key_block, selections, softcap=None):
     from seer_compile.kernels.triton.attention_backward import launch
 
     query = torch.zeros(1, 8, 256, dim, dtype=dtype)
@@ -162,7 +162,7 @@ def attention_backward(dtype, dim, query_block, key_block, selections):
     lse = torch.zeros(1, 8, 256)
     indices, counts = _selection(1, selections, 256, 256, query_block, key_block)
     tensors = (query, query, key, key, query, lse, indices, counts)
-    launch(*tensors, 0.1, query_block, key_block, upper=0)
+    launch(*tensors, 0.1, query_block, key_block, upper=0, softcap=softcap)
 
 
 def pool_blocks(dtype, dim, size, kinds):
@@ -209,6 +209,7 @@ CASES = {
             (_BF16, 256, 128, 128, 8),
             (_BF16, 80, 32, 16, 8),
             (_FP32, 256, 128, 128, 8),
+            (_BF16, 256, 64, 64, 8, 50.0),
         ],
     ),
     "hopper_attention": (
@@ -222,7 +223,12 @@ CASES = {
     ),
     "attention_backward": (
         attention_backward,
-        [(_BF16, 128, 64, 64, 8), (_BF16, 256, 128, 128, 8), (_FP32, 64, 64, 64, 8)],
+        [
+            (_BF16, 128, 64, 64, 8),
+            (_BF16, 256, 128, 128, 8),
+            (_FP32, 64, 64, 64, 8),
+            (_BF16, 256, 64, 64, 8, 50.0),
+        ],
     ),
     "pool_blocks": (pool_blocks, [(_BF16, 128, 8, "mean,max,min")]),
     "pool_features": (pool_features, [(_BF16, 128, 8, 1), (_BF16, 128, 8, 4)]),

@@ -238,6 +238,7 @@ def _attention_map(
         query_reduce,
         key_reduce,
         *inputs.visibility.as_arguments().values(),
+        inputs.softcap,
     )
 
 

@@ -338,7 +338,7 @@ def _sparse_answer(gate: AttnGate, inputs: SiteInputs, selection: BlockSelection
         inputs.scale,
         size.query,
         size.key,
-        *inputs.visibility.as_arguments().values(),
+        *inputs.last_arguments(),
     )[0]
 
 

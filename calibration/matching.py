@@ -155,7 +155,7 @@ def attend(inputs: SiteInputs, selection: BlockSelection, block_size: BlockSize)
         inputs.scale,
         block_size.query,
         block_size.key,
-        *inputs.visibility.as_arguments().values(),
+        *inputs.last_arguments(),
     )[0]
 
 

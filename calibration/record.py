@@ -167,5 +167,5 @@ def dense_answer(gate: AttnGate, inputs: SiteInputs) -> Tensor:
         inputs.scale,
         *gate.constants().values(),
         inputs.name,
-        *inputs.visibility.as_arguments().values(),
+        *inputs.last_arguments(),
     )[0]

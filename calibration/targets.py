@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.config import GateConfig
+from seer_compile.errors import FeatureUnsupportedError
 from seer_compile.types import SiteInputs, Visibility
 
 TargetKind = Literal["mass", "max", "value"]
@@ -36,9 +37,21 @@ def attention_mass(
 
     Returns:
         ``Float32[b h query_units key_units]``; a query unit that reads nothing is all zeros.
+
+    Raises:
+        FeatureUnsupportedError: ``value`` of a site with a softcap.
     """
+    # Mass is a share of what goes to keys, sinks left out. A sink scales a whole row by one factor:
+    # it changes neither the order of blocks nor their shares. A row that gives most to its sink
+    # would only weigh less in means over queries; without that weight budgets keep a little more.
     query_reduce, key_reduce = ("max", "max") if kind == "max" else ("mean", "sum")
     query, key = inputs.query.detach(), inputs.key.detach()
+    if kind == "value" and inputs.softcap is not None:
+        # Norms weigh probabilities as one channel more of the products, which a cap would bend.
+        raise FeatureUnsupportedError(
+            f"the target 'value' is not to be had where logits are soft-capped ({inputs.name})",
+            hint="Choose the target 'mass'.",
+        )
     if kind == "value":
         query, key = _with_value_norms(query, key, inputs.value.detach(), inputs.scale)
     return torch.ops.seer_compile.attention_mass.v1(
@@ -50,6 +63,7 @@ def attention_mass(
         query_reduce,
         key_reduce,
         *inputs.visibility.as_arguments().values(),
+        inputs.softcap,
     )
 
 

@@ -1,8 +1,9 @@
-"""The operators of attention, sparse and gated: schema, fake, kernels and autograd, once each.
+"""Block-sparse attention as an operator: schema, fake, kernels and autograd, once each.
 
-``ops`` is the typed front of these; ``contracts`` holds the operators of the gate. Results of an
-attention lie as a contiguous ``b q h v`` under shape ``b h q v``, as SDPA's fused kernels return
-them: graphs hold views that are legal in that order only. ``lse`` has no gradient.
+``ops`` is the typed front of it; ``gated_contracts`` holds the operator of a whole site, and
+``contracts`` those of the gate. Results of an attention lie as a contiguous ``b q h v`` under shape
+``b h q v``, as SDPA's fused kernels return them: graphs hold views that are legal in that order
+only. ``lse`` has no gradient; where there are sinks, they are in it.
 """
 
 from __future__ import annotations
@@ -13,34 +14,35 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
-from seer_compile.errors import RangeError, ShapeError
-from seer_compile.kernels import blockwise, engines, gated_attention
+from seer_compile.errors import ShapeError
+from seer_compile.kernels import blockwise, engines
 from seer_compile.kernels.checks import (
-    BUDGET_DTYPES,
-    SELECTOR_NAMES,
     check_attention,
     check_blocks,
-    check_choice,
-    check_flag,
-    check_gate,
-    check_integer,
     check_scale,
     check_selection,
+    check_softcap,
     check_tensor,
     check_visibility,
 )
 from seer_compile.kernels.contracts import NAMESPACE, visibility_of
-from seer_compile.kernels.gated_attention import GateArguments
+from seer_compile.kernels.gated_attention import empty_token_major
+from seer_compile.kernels.sinks import check_sinks, sinks_gradient, with_sinks
 from seer_compile.types import BlockSelection, Visibility
 
+_BEFORE_SOFTCAP = 11
+"""Arguments from the selection to the documents, in the operators' order."""
 
-def _fake_attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+
+def fake_attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Return out and lse of an attention, unfilled."""
     batch, heads, q_len, _ = query.shape
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
-    return gated_attention.empty_token_major(query, value), lse
+    return empty_token_major(query, value), lse
 
 
-def _fake_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+def fake_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the gradients of some tensors, unfilled."""
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
@@ -60,25 +62,50 @@ def block_sparse_attention(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """CPU kernel."""
     readable = (upper, lower, offset, key_padding, query_documents, key_documents)
     sizes = (scale, query_block, key_block)
     visibility = _check(query, key, value, indices, counts, *sizes, *readable)
-    return blockwise.attention_forward(query, key, value, indices, counts, *sizes, visibility)
+    check_sinks(sinks, query)
+    check_softcap(softcap)
+    operands = (query, key, value, indices, counts)
+    results = blockwise.attention_forward(*operands, *sizes, visibility, softcap)
+    return with_sinks(results, sinks)
 
 
 @block_sparse_attention.register_kernel("cuda")
 def _(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, counts: Tensor, *rest: Any
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    counts: Tensor,
+    scale: float,
+    query_block: int,
+    key_block: int,
+    upper: int | None = None,
+    lower: int | None = None,
+    offset: Tensor | None = None,
+    key_padding: Tensor | None = None,
+    query_documents: Tensor | None = None,
+    key_documents: Tensor | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, indices, counts, *rest)
-    return engines.forward(query, key, value, indices, counts, *rest)
+    readable = (upper, lower, offset, key_padding, query_documents, key_documents)
+    arguments = (query, key, value, indices, counts, scale, query_block, key_block, *readable)
+    _check(*arguments)
+    check_sinks(sinks, query)
+    check_softcap(softcap)
+    return with_sinks(engines.forward(*arguments, softcap=softcap), sinks)
 
 
 @block_sparse_attention.register_fake
 def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _fake_attention(query, value)
+    return fake_attention(query, value)
 
 
 def _check(
@@ -122,14 +149,16 @@ def block_sparse_attention_backward(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """CPU kernel."""
     readable = (upper, lower, offset, key_padding, query_documents, key_documents)
     sizes = (scale, query_block, key_block)
     visibility = _check(query, key, value, indices, counts, *sizes, *readable)
-    _check_results(query, value, grad_out=grad_out, out=out, lse=lse)
+    check_results(query, value, grad_out=grad_out, out=out, lse=lse)
+    check_softcap(softcap)
     results = (grad_out, query, key, value, out, lse, indices, counts)
-    return blockwise.attention_backward(*results, *sizes, visibility)
+    return blockwise.attention_backward(*results, *sizes, visibility, softcap)
 
 
 @block_sparse_attention_backward.register_kernel("cuda")
@@ -144,19 +173,22 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from seer_compile.kernels.triton import attention_backward as kernel
 
+    # The dispatcher leaves out trailing defaults.
+    rest, softcap = rest[:_BEFORE_SOFTCAP], next(iter(rest[_BEFORE_SOFTCAP:]), None)
     _check(query, key, value, *rest)
-    _check_results(query, value, grad_out=grad_out, out=out, lse=lse)
-    return kernel.launch(grad_out, query, key, value, out, lse, *rest)
+    check_results(query, value, grad_out=grad_out, out=out, lse=lse)
+    check_softcap(softcap)
+    return kernel.launch(grad_out, query, key, value, out, lse, *rest, softcap=softcap)
 
 
 @block_sparse_attention_backward.register_fake
 def _(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
 ) -> tuple[Tensor, ...]:
-    return _fake_gradients(query, key, value)
+    return fake_gradients(query, key, value)
 
 
-def _check_results(query: Tensor, value: Tensor, **results: Tensor) -> None:
+def check_results(query: Tensor, value: Tensor, **results: Tensor) -> None:
     """Check what a forward returned, and the gradient of it."""
     for name, tensor in results.items():
         shape = query.shape[:3] if name == "lse" else (*query.shape[:3], value.shape[3])
@@ -168,7 +200,7 @@ def _check_results(query: Tensor, value: Tensor, **results: Tensor) -> None:
             )
 
 
-def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+def save_inputs(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     """Keep tensors as saved tensors and everything else beside them, in the order of the inputs."""
     ctx.mark_non_differentiable(output[1])
     tensors = [value for value in inputs if isinstance(value, Tensor)]
@@ -176,199 +208,31 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.others = [None if isinstance(value, Tensor) else (value,) for value in inputs]
 
 
-def _saved(ctx: Any) -> tuple[tuple[Tensor, Tensor], list[Any]]:
+def saved_inputs(ctx: Any) -> tuple[tuple[Tensor, Tensor], list[Any]]:
+    """Return what the forward returned, and its inputs."""
     out, lse, *tensors = ctx.saved_tensors
     remaining = iter(tensors)
     return (out, lse), [next(remaining) if other is None else other[0] for other in ctx.others]
 
 
 def _attention_gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    results, (query, key, value, *rest) = _saved(ctx)
+    results, (*inputs, sinks) = saved_inputs(ctx)
     operator = torch.ops.seer_compile.block_sparse_attention_backward.v1
-    gradients = operator(grad_out, query, key, value, *results, *rest)
-    return (*gradients, *(None for _ in rest))
-
-
-block_sparse_attention.register_autograd(_attention_gradients, setup_context=_save)
-
-
-@custom_op(f"{NAMESPACE}::gated_attention.v1", mutates_args=(), device_types=("cpu", "cuda"))
-def gated(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    budget: Tensor,
-    mode: Tensor,
-    scale: float,
-    query_pools: str,
-    key_pools: str,
-    sub_block: int,
-    query_block: int,
-    key_block: int,
-    share_group: bool,
-    selector: str,
-    budget_lengths: list[int],
-    site: str,
-    upper: int | None = None,
-    lower: int | None = None,
-    offset: Tensor | None = None,
-    key_padding: Tensor | None = None,
-    query_documents: Tensor | None = None,
-    key_documents: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Both devices: the composition calls operators, which know theirs."""
-    gate = GateArguments(
-        query_weight,
-        key_weight,
-        budget,
-        mode,
-        scale,
-        query_pools,
-        key_pools,
-        sub_block,
-        query_block,
-        key_block,
-        share_group,
-        selector,
-        budget_lengths,
-        site,
+    gradients = operator(grad_out, *inputs[:3], *results, *inputs[3:])
+    return (
+        *gradients,
+        *(None for _ in inputs[3:]),
+        gradient_of_sinks(ctx, grad_out, results, sinks),
     )
-    visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
-    _check_gated(query, key, value, gate, visibility)
-    return gated_attention.forward(query, key, value, gate, visibility)
 
 
-@gated.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    return _fake_attention(query, value)
+def gradient_of_sinks(
+    ctx: Any, grad_out: Tensor, results: tuple[Tensor, Tensor], sinks: Tensor | None
+) -> Tensor | None:
+    """Return the gradient of an operator's last input where it is asked for."""
+    if sinks is None or not ctx.needs_input_grad[-1]:
+        return None
+    return sinks_gradient(grad_out, *results, sinks)
 
 
-@custom_op(
-    f"{NAMESPACE}::gated_attention_backward.v1", mutates_args=(), device_types=("cpu", "cuda")
-)
-def gated_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    query_weight: Tensor,
-    key_weight: Tensor,
-    budget: Tensor,
-    mode: Tensor,
-    scale: float,
-    query_pools: str,
-    key_pools: str,
-    sub_block: int,
-    query_block: int,
-    key_block: int,
-    share_group: bool,
-    selector: str,
-    budget_lengths: list[int],
-    site: str,
-    upper: int | None = None,
-    lower: int | None = None,
-    offset: Tensor | None = None,
-    key_padding: Tensor | None = None,
-    query_documents: Tensor | None = None,
-    key_documents: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Both devices; makes the selection again."""
-    gate = GateArguments(
-        query_weight,
-        key_weight,
-        budget,
-        mode,
-        scale,
-        query_pools,
-        key_pools,
-        sub_block,
-        query_block,
-        key_block,
-        share_group,
-        selector,
-        budget_lengths,
-        site,
-    )
-    visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
-    _check_gated(query, key, value, gate, visibility)
-    _check_results(query, value, grad_out=grad_out, out=out, lse=lse)
-    return gated_attention.backward(grad_out, query, key, value, out, lse, gate, visibility)
-
-
-@gated_backward.register_fake
-def _(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, *rest: Any
-) -> tuple[Tensor, ...]:
-    return _fake_gradients(query, key, value)
-
-
-_PASSED: set[tuple[Any, ...]] = set()
-"""What calls looked like that passed the checks: a short call would pay for them every time."""
-_MOST_PASSED = 1024
-
-
-def _check_gated(
-    query: Tensor, key: Tensor, value: Tensor, gate: GateArguments, visibility: Visibility
-) -> None:
-    tensors = (query, key, value, *gate[:4], *visibility.as_arguments().values())
-    looks = (
-        *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors),
-        *(tuple(part) if isinstance(part, list) else part for part in gate[4:-1]),
-    )
-    if looks in _PASSED:
-        return
-    _check_gated_in_full(query, key, value, gate, visibility)
-    if len(_PASSED) >= _MOST_PASSED:
-        _PASSED.clear()
-    _PASSED.add(looks)
-
-
-def _check_gated_in_full(
-    query: Tensor, key: Tensor, value: Tensor, gate: GateArguments, visibility: Visibility
-) -> None:
-    check_attention(query, key, value)
-    check_scale(gate.scale)
-    check_blocks(gate.query_block, gate.key_block, gate.sub_block)
-    weights = (gate.query_weight, gate.key_weight)
-    check_gate(query, key, weights, (gate.query_pools, gate.key_pools))
-    check_choice("selector", gate.selector, SELECTOR_NAMES)
-    check_flag("share_group", gate.share_group)
-    check_tensor("mode", gate.mode, rank=0, dtypes=(torch.int8,), device=torch.device("cpu"))
-    for length in gate.budget_lengths:
-        check_integer("budget_lengths", length, minimum=1)
-    if list(gate.budget_lengths) != sorted(set(gate.budget_lengths)) or not gate.budget_lengths:
-        raise RangeError(
-            argument="budget_lengths", got=list(gate.budget_lengths), expected="ascending lengths"
-        )
-    check_tensor("budget", gate.budget, rank=2, dtypes=BUDGET_DTYPES, device=query.device)
-    selections = (key if gate.share_group else query).shape[1]
-    if tuple(gate.budget.shape) != (selections, len(gate.budget_lengths)):
-        raise ShapeError(
-            argument="budget.shape",
-            got=tuple(gate.budget.shape),
-            expected=f"({selections}, {len(gate.budget_lengths)}): selection heads (with "
-            f"share_group={gate.share_group}), lengths",
-        )
-    lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
-    check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)
-
-
-def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    # The knobs may be turned before the backward runs, which must see what the forward saw.
-    query, key, value, query_weight, key_weight, budget, mode, *rest = inputs
-    knobs = (budget.detach().clone(), mode.detach().clone())
-    _save(ctx, (query, key, value, query_weight, key_weight, *knobs, *rest), output)
-
-
-def _gated_gradients(ctx: Any, grad_out: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-    results, (query, key, value, *rest) = _saved(ctx)
-    operator = torch.ops.seer_compile.gated_attention_backward.v1
-    gradients = operator(grad_out, query, key, value, *results, *rest)
-    return (*gradients, *(None for _ in rest))
-
-
-gated.register_autograd(_gated_gradients, setup_context=_save_gated)
+block_sparse_attention.register_autograd(_attention_gradients, setup_context=save_inputs)

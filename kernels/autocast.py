@@ -13,7 +13,7 @@ import torch
 from torch._C import DispatchKey, DispatchKeySet, _ExcludeDispatchKeyGuard
 from torch._ops import OpOverload
 
-from seer_compile.kernels import attention_contracts, contracts
+from seer_compile.kernels import attention_contracts, contracts, gated_contracts
 
 _KEYS = (DispatchKey.AutocastCPU, DispatchKey.AutocastCUDA)
 _AUTOCAST = DispatchKeySet(_KEYS[0]) | DispatchKeySet(_KEYS[1])
@@ -26,8 +26,8 @@ OPERATORS = (
     contracts.attention_mass,
     attention_contracts.block_sparse_attention,
     attention_contracts.block_sparse_attention_backward,
-    attention_contracts.gated,
-    attention_contracts.gated_backward,
+    gated_contracts.gated,
+    gated_contracts.gated_backward,
 )
 
 

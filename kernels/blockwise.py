@@ -8,6 +8,9 @@ FlashAttention, in base 2. Logits are held transposed, ``[rows, keys, lanes]``: 
 block is then contiguous, and masks, which only tiles on the edge of what is visible need, are
 written tile by tile.
 
+A softcap bounds the logits by ``softcap * tanh(logits / softcap)`` before the mask; its derivative,
+``1 - tanh^2``, multiplies their gradient.
+
 Numerics: float32 inside (float64 for float64). What is not finite in a value row spoils exactly
 the queries that may read that row.
 
@@ -38,6 +41,7 @@ def attention_forward(
     query_block: int,
     key_block: int,
     visibility: Visibility,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``out [b h q v]`` and ``lse [b h q]``; see ``ops.block_sparse_attention``."""
     dtype = torch.promote_types(query.dtype, torch.float32)
@@ -54,7 +58,7 @@ def attention_forward(
     lse = queries.new_full(queries.shape[:2], -torch.inf)
     state, workspace = None, _Workspace(queries)
     for step in rows.steps(query.shape[-1] + value.shape[-1]):
-        logits = _masked_logits(queries[step.rows], keys, step, scale, workspace)
+        logits = _masked_logits(queries[step.rows], keys, step, (scale, softcap), workspace)
         largest = logits.amax(1)
         if state is not None:
             largest = torch.maximum(largest, state[0])
@@ -97,14 +101,31 @@ class _Workspace:
 
 
 def _masked_logits(
-    queries: Tensor, keys: Tensor, step: Step, scale: float, workspace: _Workspace
+    queries: Tensor,
+    keys: Tensor,
+    step: Step,
+    scaling: tuple[float, float | None],
+    workspace: _Workspace,
 ) -> Tensor:
-    """Return ``[R, keys, lanes]`` times log2(e), -inf where a lane may not read a key."""
+    """Return ``[R, keys, lanes]`` times log2(e), -inf where a lane may not read a key.
+
+    ``scaling`` is the scale of the logits, and their softcap.
+    """
     gathered = workspace.gather("keys", keys, step)
     target = workspace.take("logits", len(step.rows), gathered.shape[1], queries.shape[1])
-    turned, factor = queries.transpose(1, 2), scale * LOG2_E
+    scale, softcap = scaling
+    turned, factor = queries.transpose(1, 2), scale * LOG2_E if softcap is None else scale / softcap
     logits = torch.baddbmm(target, gathered, turned, beta=0, alpha=factor, out=target)
+    if softcap is not None:
+        logits.tanh_().mul_(softcap * LOG2_E)
     return _fill_edges(logits, step, -torch.inf)
+
+
+def _slope(logits: Tensor, softcap: float, workspace: _Workspace) -> Tensor:
+    """Return the derivative of the softcap, ``1 - tanh^2``; 0 where a logit is hidden."""
+    target = workspace.take("slopes", *logits.shape)
+    torch.mul(logits, 1 / (softcap * LOG2_E), out=target)
+    return target.square_().neg_().add_(1).clamp_(min=0)
 
 
 def _fill_edges(weights: Tensor, step: Step, fill: float) -> Tensor:
@@ -161,6 +182,7 @@ def attention_backward(
     query_block: int,
     key_block: int,
     visibility: Visibility,
+    softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, contiguous; see ``ops``."""
     if out.numel() == 0 or key.numel() == 0:
@@ -184,7 +206,8 @@ def attention_backward(
     grad_query, workspace = torch.zeros_like(queries), _Workspace(queries)
     grad_key, grad_value = torch.zeros_like(keys), torch.zeros_like(values)
     for step in rows.steps(query.shape[-1] + value.shape[-1]):
-        weights = _masked_logits(queries[step.rows], keys, step, scale, workspace)
+        weights = _masked_logits(queries[step.rows], keys, step, (scale, softcap), workspace)
+        slope = None if softcap is None else _slope(weights, softcap, workspace)
         weights.sub_(shift[step.rows, None]).exp2_()
         grad = grads[step.rows]
         part = torch.bmm(weights, grad)
@@ -196,6 +219,8 @@ def attention_backward(
         grad_weights = workspace.take("gradients", *weights.shape)
         torch.bmm(gathered, grad.transpose(1, 2), out=grad_weights)
         grad_weights.sub_(delta[step.rows, None])
+        if slope is not None:
+            grad_weights.mul_(slope)
         grad_logits = _fill_edges(weights.mul_(grad_weights), step, 0.0)
         gathered = workspace.gather("keys", finite_keys, step)
         grad_query[step.rows] += torch.bmm(grad_logits.transpose(1, 2), gathered)

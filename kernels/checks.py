@@ -97,6 +97,21 @@ def check_scale(value: Any) -> None:
         raise RangeError(argument="scale", got=value, expected="a finite number")
 
 
+def check_softcap(value: Any) -> None:
+    """Check the bound of the logits, where there is one.
+
+    Raises:
+        DtypeError: No number.
+        RangeError: Not positive, NaN or infinite.
+    """
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise DtypeError(argument="softcap", got=_shown(value), expected="a float, or None")
+    if not (math.isfinite(value) and value > 0):
+        raise RangeError(argument="softcap", got=value, expected="a positive, finite number")
+
+
 def check_choice(argument: str, value: Any, allowed: Sequence[str]) -> None:
     """Check that a string is one of a few.
 

@@ -25,6 +25,7 @@ from seer_compile.kernels.checks import (
     check_integer,
     check_pools,
     check_scale,
+    check_softcap,
     check_tensor,
     check_visibility,
 )
@@ -269,12 +270,13 @@ def attention_mass(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
 ) -> Tensor:
     """CPU kernel."""
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
     units = (query_unit, key_unit, query_reduce, key_reduce)
-    _check_mass(query, key, scale, *units, visibility)
-    return scoring.attention_mass(query, key, scale, *units, visibility)
+    _check_mass(query, key, scale, *units, visibility, softcap)
+    return scoring.attention_mass(query, key, scale, *units, visibility, softcap)
 
 
 @attention_mass.register_kernel("cuda")
@@ -291,7 +293,13 @@ def _(
     from seer_compile.kernels.triton import attention_mass as kernel
 
     units = (query_unit, key_unit, query_reduce, key_reduce)
-    _check_mass(query, key, scale, *units, visibility_of(*readable))
+    # The dispatcher leaves out trailing defaults, of which the softcap is the last.
+    softcap = readable[6] if len(readable) > 6 else None
+    visibility = visibility_of(*readable)
+    _check_mass(query, key, scale, *units, visibility, softcap)
+    if softcap is not None:
+        # The kernel takes plain products; only calibration asks for the map of capped ones.
+        return scoring.attention_mass(query, key, scale, *units, visibility, softcap)
     return kernel.launch(query, key, scale, *units, *readable)
 
 
@@ -319,8 +327,10 @@ def _check_mass(
     query_reduce: str,
     key_reduce: str,
     visibility: Visibility,
+    softcap: float | None,
 ) -> None:
     check_attention(query, key)
+    check_softcap(softcap)
     check_scale(scale)
     check_integer("query_unit", query_unit, minimum=1)
     check_integer("key_unit", key_unit, minimum=1)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from seer_compile.kernels import every_block
 from seer_compile.kernels.break_even import TABLE, BreakEven
 from seer_compile.kernels.dense_backends import device_class, fused_attention
 from seer_compile.types import Visibility
@@ -85,6 +86,8 @@ def dense_attention(
     *,
     scale: float,
     visibility: Visibility | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Attend to every readable key, by ``F.scaled_dot_product_attention``.
 
@@ -94,6 +97,9 @@ def dense_attention(
         value: ``Float[b g k v]``.
         scale: Factor on the logits.
         visibility: What each query may read; everything when None.
+        softcap: Bounds the logits by ``softcap * tanh(logits / softcap)``, before the mask.
+        sinks: ``Float[h]``: logits that take part in the softmax and have no value. SDPA has
+            neither; the block-sparse operator answers then, over every block.
 
     Returns:
         ``Float[b h q v]`` in the strides that SDPA chose. A query that may read nothing gets 0.
@@ -109,6 +115,8 @@ def dense_attention(
         NaN in a key that is masked out may reach the output.
     """
     visibility = _folded(visibility or Visibility())
+    if softcap is not None or sinks is not None:
+        return every_block.forward(query, key, value, scale, visibility, softcap, sinks)[0]
     q_len, k_len = query.shape[2], key.shape[2]
     if query.numel() == 0 or k_len == 0:
         return query.new_zeros(*query.shape[:3], value.shape[-1])

@@ -68,8 +68,10 @@ def reset() -> None:
     _answers.reset()
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    """Compute block-sparse attention; arguments as the operator's.
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, softcap: float | None = None
+) -> tuple[Tensor, Tensor]:
+    """Compute block-sparse attention; arguments as the operator's, without sinks.
 
     Raises:
         VersionUnsupportedError: ``hopper`` was chosen and this Triton lacks what it is written in.
@@ -79,8 +81,8 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tens
     engine = _chosen.get()
     if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
         _answers.add("portable")
-        return portable.launch(query, key, value, *rest)
-    reason = _obstacle(engine, query, key, value, rest[0], *rest[3:5])
+        return portable.launch(query, key, value, *rest, softcap=softcap)
+    reason = _obstacle(engine, query, key, value, rest[0], *rest[3:5], softcap=softcap)
     if reason is None:
         _answers.add("hopper")
         return _import_hopper().launch(query, key, value, *rest)
@@ -91,7 +93,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, *rest: Any) -> tuple[Tens
             EngineFallbackWarning,
             stacklevel=2,
         )
-    return portable.launch(query, key, value, *rest)
+    return portable.launch(query, key, value, *rest, softcap=softcap)
 
 
 def _obstacle(
@@ -102,6 +104,7 @@ def _obstacle(
     indices: Tensor,
     query_block: int,
     key_block: int,
+    softcap: float | None,
 ) -> str | None:
     """Return why the hopper engine does not take a call, or None."""
     try:
@@ -110,7 +113,7 @@ def _obstacle(
         if engine != "auto":
             raise
         return "this Triton lacks what the engine is written in"
-    return hopper.obstacle(query, key, value, indices, query_block, key_block)
+    return hopper.obstacle(query, key, value, indices, query_block, key_block, softcap)
 
 
 def _import_hopper() -> ModuleType:

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from seer_compile.errors import RangeError
-from seer_compile.kernels import by_device, counters, observation
+from seer_compile.kernels import by_device, counters, every_block, observation
 from seer_compile.kernels.dense import dense_attention, dense_reason
-from seer_compile.kernels.geometry import Grid
+from seer_compile.kernels.geometry import Grid, visible_range
 from seer_compile.types import SiteInputs, Visibility
 
 MODE_DENSE, MODE_AUTO, MODE_SPARSE, MODE_FULL_BUDGET = 0, 1, 2, 3
@@ -59,12 +59,20 @@ class _Slab(NamedTuple):
 
 
 def forward(
-    query: Tensor, key: Tensor, value: Tensor, gate: GateArguments, visibility: Visibility
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: GateArguments,
+    visibility: Visibility,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return out and lse; see ``ops.gated_attention``."""
     reason = path_of(query, key, value, gate)
     counters.record(gate.site, "sparse" if reason is None else f"dense:{reason}")
-    _show(query, key, value, gate, visibility)
+    _show(query, key, value, gate, visibility, softcap, sinks)
+    if reason is not None and not (softcap is sinks is None):
+        return every_block.forward(query, key, value, gate.scale, visibility, softcap, sinks)
     lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if reason is not None:
         # Nobody reads the log-sum-exp then: at short lengths filling it would show.
@@ -72,30 +80,45 @@ def forward(
         return token_major(out), lse
     key_features = _key_features(key, gate, visibility)
     slabs = list(_slabs(query, key, gate, visibility))
+    if len(slabs) == 1:
+        return _attend(query, key, value, key_features, gate, slabs[0], softcap, sinks)
     out = empty_token_major(query, value)
     for slab in slabs:
-        queries = query[:, :, slab.rows]
-        indices, counts = _select(queries, key_features, gate, slab, key.shape[2])
-        _meter(gate, slab, counts)
-        part, part_lse = torch.ops.seer_compile.block_sparse_attention.v1(
-            queries,
-            key[:, :, slab.keys],
-            value[:, :, slab.keys],
-            indices,
-            counts,
-            gate.scale,
-            gate.query_block,
-            gate.key_block,
-            *slab.visibility.as_arguments().values(),
+        out[:, :, slab.rows], lse[:, :, slab.rows] = _attend(
+            query, key, value, key_features, gate, slab, softcap, sinks
         )
-        if len(slabs) == 1:
-            return part, part_lse
-        out[:, :, slab.rows], lse[:, :, slab.rows] = part, part_lse
     return out, lse
 
 
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    key_features: Tensor,
+    gate: GateArguments,
+    slab: _Slab,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Select and attend for one slab of rows."""
+    queries = query[:, :, slab.rows]
+    selection = _select(queries, key_features, gate, slab, key.shape[2])
+    _meter(gate, slab, selection[1])
+    operands = (queries, key[:, :, slab.keys], value[:, :, slab.keys])
+    blocks = (gate.query_block, gate.key_block)
+    return by_device.block_sparse_attention(
+        *operands, selection, gate.scale, blocks, slab.visibility, softcap, sinks
+    )
+
+
 def _show(
-    query: Tensor, key: Tensor, value: Tensor, gate: GateArguments, visibility: Visibility
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: GateArguments,
+    visibility: Visibility,
+    softcap: float | None,
+    sinks: Tensor | None,
 ) -> None:
     observers = observation.active()
     if observers:
@@ -106,6 +129,8 @@ def _show(
             value=value,
             scale=gate.scale,
             visibility=visibility,
+            softcap=softcap,
+            sinks=sinks,
         )
         for observer in observers:
             observer(inputs)
@@ -120,9 +145,16 @@ def backward(
     lse: Tensor,
     gate: GateArguments,
     visibility: Visibility,
+    softcap: float | None = None,
+    *,
+    has_sinks: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of query, key and value, contiguous, given the forward's results."""
-    if path_of(query, key, value, gate) is not None:
+    is_dense = path_of(query, key, value, gate) is not None
+    if is_dense and (has_sinks or softcap is not None):
+        operands = (query, key, value, out, lse)
+        return every_block.backward(grad_out, *operands, gate.scale, visibility, softcap)
+    if is_dense:
         return _dense_backward(grad_out, query, key, value, gate.scale, visibility)
     key_features = _key_features(key, gate, visibility)
     grad_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
@@ -146,6 +178,7 @@ def backward(
             gate.query_block,
             gate.key_block,
             *slab.visibility.as_arguments().values(),
+            softcap,
         )
         grad_query[:, :, slab.rows] = parts[0]
         grad_key[:, :, slab.keys] += parts[1]
@@ -266,7 +299,7 @@ def _meter(gate: GateArguments, slab: _Slab, counts: Tensor) -> None:
     if not meters:
         return
     kept = counts.sum(dtype=torch.int64)
-    per_selection = visible_blocks(
+    _, per_selection = visible_range(
         slab.visibility,
         (slab.rows.stop - slab.rows.start, slab.keys.stop),
         (gate.query_block, gate.key_block),
@@ -275,35 +308,6 @@ def _meter(gate: GateArguments, slab: _Slab, counts: Tensor) -> None:
     visible = per_selection.sum() * counts.shape[0] * counts.shape[1]
     for meter in meters:
         meter.add(gate.site, kept, visible)
-
-
-def visible_blocks(
-    visibility: Visibility,
-    lengths: tuple[int, int],
-    blocks: tuple[int, int],
-    device: torch.device,
-) -> Tensor:
-    """Return ``Int64[m]``: how many key blocks the band lets each query block see, without a sync.
-
-    Args:
-        visibility: The band; padding and documents do not count.
-        lengths: Query and key tokens.
-        blocks: Tokens per query block and per key block.
-        device: Of the result.
-    """
-    first = torch.arange(0, lengths[0], blocks[0], device=device)
-    last = (first + blocks[0] - 1).clamp(max=lengths[0] - 1)
-    shift = 0 if visibility.offset is None else visibility.offset.to(device)
-    begin, end = torch.zeros_like(first), torch.full_like(first, lengths[1])
-    if visibility.lower is not None:
-        begin = (first + visibility.lower + shift).clamp(min=0)
-    if visibility.upper is not None:
-        end = (last + visibility.upper + shift + 1).clamp(max=lengths[1])
-    number = (end + blocks[1] - 1) // blocks[1] - begin // blocks[1]
-    is_open = end > begin
-    if visibility.lower is not None and visibility.upper is not None:
-        is_open &= visibility.lower <= visibility.upper
-    return number.where(is_open, torch.zeros_like(number))
 
 
 def _dense_backward(

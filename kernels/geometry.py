@@ -112,3 +112,35 @@ def document_range(documents: Tensor, unit: int) -> tuple[Tensor, Tensor]:
     tail = documents[:, -1:].expand(-1, short)
     units = torch.cat([documents, tail], 1).unflatten(1, (-1, unit))
     return units.amin(-1), units.amax(-1)
+
+
+def visible_range(
+    visibility: Visibility,
+    lengths: tuple[int, int],
+    blocks: tuple[int, int],
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Return the key blocks that the band lets each query block see, without a sync.
+
+    Args:
+        visibility: The band; padding and documents do not count.
+        lengths: Query and key tokens.
+        blocks: Tokens per query block and per key block.
+        device: Of the result.
+
+    Returns:
+        ``Int64[m]`` twice: the first key block, and how many there are from it on.
+    """
+    first = torch.arange(0, lengths[0], blocks[0], device=device)
+    last = (first + blocks[0] - 1).clamp(max=lengths[0] - 1)
+    shift = 0 if visibility.offset is None else visibility.offset.to(device)
+    begin, end = torch.zeros_like(first), torch.full_like(first, lengths[1])
+    if visibility.lower is not None:
+        begin = (first + visibility.lower + shift).clamp(min=0)
+    if visibility.upper is not None:
+        end = (last + visibility.upper + shift + 1).clamp(max=lengths[1])
+    number = (end + blocks[1] - 1) // blocks[1] - begin // blocks[1]
+    is_open = end > begin
+    if visibility.lower is not None and visibility.upper is not None:
+        is_open &= visibility.lower <= visibility.upper
+    return begin // blocks[1], number.where(is_open, torch.zeros_like(number))

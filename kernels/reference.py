@@ -59,7 +59,14 @@ def selection_mask(selection: BlockSelection, key_blocks: int) -> Tensor:
     return mask[..., :key_blocks]
 
 
-def probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> tuple[Tensor, Tensor]:
+def probabilities(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    mask: Tensor,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return softmax and its log-sum-exp over the keys that a mask leaves.
 
     Args:
@@ -67,12 +74,22 @@ def probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> tup
         key: ``Float[b g k d]``.
         scale: Factor on the logits.
         mask: ``Bool[b or 1, h or 1, q k]``.
+        softcap: Bounds the logits smoothly, before the mask.
+        sinks: ``Float[h]``: logits of one key more, which every query reads.
 
     Returns:
-        ``Float[b h q k]`` and ``Float[b h q]``; a row without any key is 0 and -inf.
+        ``Float[b h q k]``, the sink's column dropped, and ``Float[b h q]`` with the sink; a row
+        without any key or sink is 0 and -inf.
     """
     key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    logits = (query @ key.transpose(-1, -2) * scale).masked_fill(~mask, -math.inf)
+    logits = query @ key.transpose(-1, -2) * scale
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    logits = logits.masked_fill(~mask, -math.inf)
+    k_len = logits.shape[-1]
+    if sinks is not None:
+        column = sinks.to(logits.dtype)[:, None, None].expand(*logits.shape[:-1], 1)
+        logits = torch.cat([logits, column], -1)
     if logits.shape[-1] == 0:
         return logits, logits.new_full(logits.shape[:-1], -math.inf)
     largest = logits.detach().amax(-1, keepdim=True)
@@ -80,7 +97,7 @@ def probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor) -> tup
     weights = (logits - largest).exp()
     total = weights.sum(-1, keepdim=True)
     lse = (total.log() + largest).squeeze(-1)
-    return weights / total.masked_fill(total == 0, 1.0), lse
+    return (weights / total.masked_fill(total == 0, 1.0))[..., :k_len], lse
 
 
 def pool_blocks(tokens: Tensor, size: int, kinds: str, padding: Tensor | None = None) -> Tensor:
@@ -240,6 +257,8 @@ def block_sparse_attention(
     query_block: int,
     key_block: int,
     visibility: Visibility,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return ``Float[b h q v]`` and ``Float[b h q]``, differentiable; see :mod:`.ops`."""
     (q_len, k_len), heads = (query.shape[-2], key.shape[-2]), query.shape[1]
@@ -248,7 +267,7 @@ def block_sparse_attention(
     keep = keep.repeat_interleave(key_block, 3)[..., :k_len]
     keep = keep.repeat_interleave(heads // keep.shape[1], 1)
     mask = keep & token_mask(visibility, q_len, k_len, query.device)
-    weights, lse = probabilities(query, key, scale, mask)
+    weights, lse = probabilities(query, key, scale, mask, softcap, sinks)
     # A key that no query reads must not reach the product: 0 * NaN is NaN.
     read = mask.unflatten(1, (value.shape[1], -1)).any(2).any(-2)
     value = torch.where(read[..., None], value, 0.0)
@@ -256,11 +275,17 @@ def block_sparse_attention(
 
 
 def dense_attention(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, visibility: Visibility
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    visibility: Visibility,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Return ``Float[b h q v]``: attention to every readable key."""
     mask = token_mask(visibility, query.shape[-2], key.shape[-2], query.device)
-    weights, _ = probabilities(query, key, scale, mask)
+    weights, _ = probabilities(query, key, scale, mask, softcap, sinks)
     return weights @ value.repeat_interleave(query.shape[1] // value.shape[1], dim=1)
 
 
@@ -273,10 +298,11 @@ def attention_mass(
     query_reduce: str,
     key_reduce: str,
     visibility: Visibility,
+    softcap: float | None = None,
 ) -> Tensor:
     """Return ``Float[b h m n]``: attention probability per pair of units; see :mod:`.ops`."""
     mask = token_mask(visibility, query.shape[-2], key.shape[-2], query.device)
-    share, lse = probabilities(query, key, scale, mask)
+    share, lse = probabilities(query, key, scale, mask, softcap)
     share = _reduce(share, -1, key_unit, key_reduce)
     if query_reduce == "max":
         return _reduce(share, -2, query_unit, "max")

@@ -87,7 +87,11 @@ def heads_among_rows(products: Products, book: AxisBook, masked: Letters) -> Pro
 
 
 def arrange(
-    products: Products, book: AxisBook, dtype: torch.dtype, masked: Letters = ()
+    products: Products,
+    book: AxisBook,
+    dtype: torch.dtype,
+    masked: Letters = (),
+    per_head: Letters = (),
 ) -> Arrangement | None:
     """Return the operands and the output in canonical axes; None where no partition fits.
 
@@ -97,12 +101,16 @@ def arrange(
         dtype: Of the output. Operands of it are preferred: those widened for the products alone
             are read before.
         masked: Letters along which a mask differs; a mask is more likely one of batch items.
+        per_head: Letters along which sinks differ; where these are all, there is no batch.
     """
     flat = book.resolve([letter for dimension in products.batch for letter in dimension])
     # A mask of merged batch and heads says nothing about either.
-    per_head = set(book.resolve(masked)) if len(products.batch) > 1 else set[str]()
+    by_item = set(book.resolve(masked)) if len(products.batch) > 1 else set[str]()
     counts = _partitions(products, book, len(flat))
-    for batch_count in sorted(counts, key=lambda count: bool(per_head & set(flat[count:]))):
+    fixed = set(book.resolve(per_head))
+    if fixed and fixed == set(flat):
+        counts = [0]
+    for batch_count in sorted(counts, key=lambda count: bool(by_item & set(flat[count:]))):
         # Only a fixed number of heads may be unmerged from the batch.
         is_cut = len(products.batch) == 1 and batch_count < len(flat)
         if is_cut and not isinstance(book.size(flat[batch_count:]), int):

@@ -31,9 +31,10 @@ VIEWS = (
     aten.unsqueeze,
     aten.expand,
 )
-_OBSERVERS = (aten._assert_tensor_metadata, aten.sym_size, aten.sym_stride, aten.sym_numel)
-# Behind these lie other layers, not the logits of this one.
-_FRESH_VALUES = (aten.linear, aten.mm, aten.addmm, aten.embedding)
+_SIZES = (aten.sym_size, aten.sym_stride, aten.sym_numel)
+_OBSERVERS = (aten._assert_tensor_metadata, *_SIZES)
+# Behind these lie other layers, not the logits of this one; sizes hold none of a tensor's numbers.
+_FRESH_VALUES = (aten.linear, aten.mm, aten.addmm, aten.embedding, *_SIZES)
 _DEEPEST = 12
 
 

@@ -19,20 +19,22 @@ from torch.fx import GraphModule, Node
 
 from seer_compile.passes.attention_axes import Arrangement, arrange, heads_among_rows
 from seer_compile.passes.constant_scalars import ConstantScalars
+from seer_compile.passes.find_sinks import letters_of_sinks, sinks_operand
 from seer_compile.passes.fx_utils import (
-    fake_value,
     is_known,
     packet_of,
     source_frames,
     tensor_shape,
 )
-from seer_compile.passes.match_decomposed import SOFTMAXES, match_decomposed
+from seer_compile.passes.match_decomposed import match_decomposed
 from seer_compile.passes.match_fused import match_flex, match_fused
+from seer_compile.passes.match_softmax import as_softmax
 from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
+from seer_compile.passes.operand_dtypes import dtype_of, in_dtype
 from seer_compile.passes.site_names import SiteCounter, SiteNames
 from seer_compile.passes.stable_operands import stable_products
-from seer_compile.types import AttentionSite, LayoutStep, MaskTerm, Operand, SkipCode
+from seer_compile.types import AttentionSite, MaskTerm, Operand, SkipCode
 
 aten = torch.ops.aten
 
@@ -62,8 +64,8 @@ def _sites(graph_module: GraphModule, counter: SiteCounter, path: str) -> Iterat
         match = None
         if packet_of(node) is aten.scaled_dot_product_attention:
             match = match_fused(node, number)
-        elif packet_of(node) in SOFTMAXES:
-            match = match_decomposed(node, number, mutations)
+        elif (softmax := as_softmax(node)) is not None:
+            match = match_decomposed(softmax, number, mutations)
         elif isinstance(node.target, HigherOrderOperator):
             if "flex_attention" in str(node.target):
                 match = match_flex(node)
@@ -91,7 +93,8 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
     if products is not None:
         masked = _masked_letters(match.mask_terms)
         products = match.products = heads_among_rows(products, match.book, masked)
-        arrangement = arrange(products, match.book, _dtype_of(match.output), masked)
+        sinks = letters_of_sinks(match)
+        arrangement = arrange(products, match.book, dtype_of(match.output), masked, sinks)
     if match.dropout:
         match.refuse(SkipCode.DROPOUT, f"p={match.dropout:g}")
     if path:
@@ -107,11 +110,12 @@ def _as_site(match: Match, name: str, mutations: Mutations, path: str) -> Attent
     return AttentionSite(
         name=name,
         kind=match.kind,
-        query=_in_dtype(arrangement.query, match.reader, match.output),
-        key=_in_dtype(arrangement.key, match.reader, match.output),
-        value=_in_dtype(arrangement.value, match.output, match.output),
+        query=in_dtype(arrangement.query, match.reader, match.output),
+        key=in_dtype(arrangement.key, match.reader, match.output),
+        value=in_dtype(arrangement.value, match.output, match.output),
         output=match.output,
         output_steps=arrangement.output_steps,
+        sinks=sinks_operand(match, arrangement.heads, mutations),
         heads=int(book.size(arrangement.heads)),
         kv_heads=int(book.size(arrangement.kv_heads)),
         head_dim=head_dim,
@@ -141,33 +145,6 @@ def _masked_letters(terms: Sequence[MaskTerm]) -> tuple[str, ...]:
         for letters, size in zip(axes, shape, strict=False):
             found += () if is_known(size == 1) else letters
     return tuple(found)
-
-
-def _dtype_of(output: Node) -> torch.dtype:
-    value = fake_value(output)
-    # flex_attention returns its sums beside its output.
-    return (value[0] if isinstance(value, tuple | list) else value).dtype
-
-
-def _in_dtype(operand: Operand, product: Node, output: Node) -> Operand:
-    """Return the operand in the dtype that its product computes in.
-
-    Autocast rounds operands inside the product; that becomes a step. Operands widened for the
-    product alone are taken before: the operators accumulate in float32 anyway.
-    """
-    if not isinstance(fake_value(output), torch.Tensor):
-        return operand
-    dtype, computed = fake_value(operand.node).dtype, fake_value(product).dtype
-    if dtype == fake_value(output).dtype:
-        return operand
-    source = operand.node.args[0] if packet_of(operand.node) in (aten.to, aten._to_copy) else None
-    if isinstance(source, Node) and fake_value(source).dtype == fake_value(output).dtype:
-        is_wider = torch.promote_types(fake_value(source).dtype, dtype) == dtype
-        return Operand(node=source, steps=operand.steps) if is_wider else operand
-    if dtype == computed:
-        return operand
-    cast = LayoutStep(aten.to.dtype, (computed,))
-    return Operand(node=operand.node, steps=(*operand.steps, cast))
 
 
 def _canonical_letters(match: Match, arrangement: Arrangement) -> list[tuple[tuple[str, ...], str]]:

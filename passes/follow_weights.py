@@ -17,6 +17,7 @@ from seer_compile.passes.attention_axes import Products
 from seer_compile.passes.axes import AxisBook, Layout, Letters, permuted, shape_of
 from seer_compile.passes.contractions import CONTRACTIONS, Contraction, as_contraction
 from seer_compile.passes.dataflow import COPIES, VIEWS, keeps_numbers, only_observes
+from seer_compile.passes.find_sinks import drop_column
 from seer_compile.passes.fx_utils import bound_arguments, packet_of, tensor_shape
 from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
@@ -98,7 +99,7 @@ def products_of(
         layout: Of the softmax, in the letters of ``product``.
         mutations: Of the graph.
     """
-    keys = layout[bound_arguments(match.softmax)["dim"]]
+    keys = layout[match.axis]
     weights: Layout | None = layout
     for source, node in itertools.pairwise(route):
         if mutations.writer_between(source, source, node) is not None:
@@ -128,9 +129,7 @@ def _pass_weights(match: Match, node: Node, source: Node, layout: Layout) -> Lay
         match.refuse(SkipCode.AMBIGUOUS, f"`{node.name}` changes the weights")
         return layout
     if packet is aten.slice:
-        is_cut = tensor_shape(node) != tensor_shape(source)
-        if is_cut and not any(o.code is SkipCode.SINK_LOGIT for o in match.obstacles):
-            match.refuse(SkipCode.AMBIGUOUS, f"`{node.name}` drops weights")
+        drop_column(match, node, source, layout)
         return layout
     return layout if packet in _HARMLESS else moved(node, layout, match.book)
 

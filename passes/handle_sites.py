@@ -38,14 +38,19 @@ class SiteCall(nn.Module):
     Args:
         name: Site name.
         scale: Factor on the logits.
+        softcap: Bound of the logits, if any.
         handler: Returns the handler; asked in every call.
     """
 
-    def __init__(self, name: str, scale: float, handler: CurrentHandler) -> None:
+    def __init__(
+        self, name: str, scale: float, softcap: float | None, handler: CurrentHandler
+    ) -> None:
         super().__init__()
-        self.name, self.scale, self.handler = name, scale, handler
+        self.name, self.scale, self.softcap, self.handler = name, scale, softcap, handler
 
-    def forward(self, query: Tensor, key: Tensor, value: Tensor, *visibility: Any) -> Tensor:
+    def forward(
+        self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *visibility: Any
+    ) -> Tensor:
         """Return ``Float[b h q v]`` with the strides of an attention operator."""
         inputs = SiteInputs(
             name=self.name,
@@ -54,6 +59,8 @@ class SiteCall(nn.Module):
             value=value,
             scale=self.scale,
             visibility=Visibility(**dict(zip(VISIBILITY_ARGUMENTS, visibility, strict=True))),
+            softcap=self.softcap,
+            sinks=sinks,
         )
         output = self.handler()(inputs)
         expected = (*query.shape[:3], value.shape[3])
@@ -90,12 +97,13 @@ def handle_sites(
         builder = NodeBuilder(graph_module, site.output, site.name)
         operands = [
             builder.replay(Operand(node=moved.get(item.node, item.node), steps=item.steps))
-            for item in (site.query, site.key, site.value)
+            if item is not None
+            else None
+            for item in (site.query, site.key, site.value, site.sinks)
         ]
         visibility = materialise(decision.proof, site, graph_module.graph)
-        path = builder.add_submodule(
-            f"seer_sites.site_{number}", SiteCall(site.name, site.scale, handler)
-        )
+        call = SiteCall(site.name, site.scale, site.softcap, handler)
+        path = builder.add_submodule(f"seer_sites.site_{number}", call)
         query, value = fake_value(operands[0]), fake_value(operands[2])
         b, h, q, _ = query.shape
         result = builder.call_module(

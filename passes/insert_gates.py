@@ -26,7 +26,8 @@ from seer_compile.passes.node_builder import NodeBuilder, marked
 from seer_compile.types import PassResult, RewritePlan, SiteDecision, Visibility
 
 OPERANDS = "seer_operands"
-"""Metadata key, on the selection of a site, of its query, key and value in the site's layout."""
+"""Metadata key, on the selection of a site, of its query, key, value and sinks (or None) in the
+site's layout."""
 ops = torch.ops.seer_compile
 
 
@@ -55,6 +56,7 @@ def _insert_gate(graph_module: GraphModule, decision: SiteDecision, gates: GateS
     builder = NodeBuilder(graph_module, site.output, site.name)
     query, key = builder.replay(site.query), builder.replay(site.key)
     value = builder.replay(site.value)
+    sinks = None if site.sinks is None else builder.replay(site.sinks)
     path, gate = gates.provide(site, fake_value(query).device)
     builder.add_submodule(path, gate)
     visibility = materialise(decision.proof, site, graph_module.graph)
@@ -77,7 +79,7 @@ def _insert_gate(graph_module: GraphModule, decision: SiteDecision, gates: GateS
         *readable,
         role="select",
         gate=path,
-    ).meta[OPERANDS] = (query, key, value)
+    ).meta[OPERANDS] = (query, key, value, sinks)
 
 
 def _insert_scores(
@@ -97,6 +99,8 @@ def _insert_scores(
         *(key, config.sub_block, ",".join(config.key_pools), visibility.key_padding),
         role="gate",
     )
+    # A softcap bends the logits of attention, not those of a gate: it keeps their order, and the
+    # gate learns the shares that it leaves.
     features = [
         builder.call(project, pooled, builder.attribute(f"{path}.{name}", gate=path), role="gate")
         for pooled, name in ((pooled_query, "query_weight"), (pooled_key, "key_weight"))

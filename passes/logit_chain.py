@@ -9,7 +9,19 @@ from torch.fx import Node
 
 from seer_compile.types import SkipReason
 
-EffectKind = Literal["layout", "scale", "shift", "tanh", "floor", "add", "masked_fill", "where"]
+EffectKind = Literal[
+    "layout",
+    "scale",
+    "shift",
+    "tanh",
+    "floor",
+    "add",
+    "masked_fill",
+    "where",
+    "centre",
+    "append",
+]
+"""``centre`` subtracts the maximum of a row; ``append`` puts a column beside the logits."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -51,7 +51,7 @@ def _gated_attention(
     if not isinstance(gate, AttnGate):
         raise TypeError(f"{mark.gate!r} is a {type(gate).__name__}, not a gate")
     builder = NodeBuilder(graph_module, attention, mark.site, key=mark.key)
-    query, key, value, _, _, scale, _, _, *visibility = attention.args
+    query, key, value, _, _, scale, _, _, *last = attention.args
     tensors = [
         builder.attribute(f"{mark.gate}.{name}", gate=mark.gate)
         for name in ("query_weight", "key_weight", "budget", "mode")
@@ -64,7 +64,7 @@ def _gated_attention(
         scale,
         *constants.values(),
         mark.site + suffix,
-        *visibility,
+        *last,
         role="attention",
         gate=mark.gate,
     )

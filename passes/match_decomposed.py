@@ -11,31 +11,32 @@ from __future__ import annotations
 
 import math
 
-import torch
 from torch.fx import Node
 
 from seer_compile.passes.axes import AxisBook, Layout, shape_of
 from seer_compile.passes.contractions import Contraction, as_contraction
 from seer_compile.passes.dataflow import leads_to_product, only_observes
+from seer_compile.passes.find_sinks import add_sink, append_sink
 from seer_compile.passes.follow_weights import moved, products_of, routes_to_product
-from seer_compile.passes.fx_utils import bound_arguments, cited, tensor_shape
+from seer_compile.passes.fx_utils import cited, tensor_shape
 from seer_compile.passes.logit_chain import Effect, LogitChain
+from seer_compile.passes.match_softmax import Softmax
 from seer_compile.passes.matches import HIDING, MOST_SHIFTED, Match
 from seer_compile.passes.mutation import Mutations
 from seer_compile.passes.trace_logits import Number, trace_logits
 from seer_compile.types import MaskTerm, SkipCode
 
-aten = torch.ops.aten
-SOFTMAXES = (aten.softmax, aten._softmax, aten._safe_softmax, aten.special_softmax)
 # Far more than a mask takes; a wider search would cross layers.
 _MOST_BEHIND = 200
+# What a softmax does not feel, with a sink or without; and another sink, which is told by itself.
+_MOVING_ALL = ("layout", "shift", "centre", "append")
 
 
-def match_decomposed(softmax: Node, number: Number, mutations: Mutations) -> Match | None:
+def match_decomposed(softmax: Softmax, number: Number, mutations: Mutations) -> Match | None:
     """Return the attention around a softmax; None where it is not part of one.
 
     Args:
-        softmax: A softmax call.
+        softmax: The softmax.
         number: Returns the value of a constant.
         mutations: Of the graph.
 
@@ -45,14 +46,15 @@ def match_decomposed(softmax: Node, number: Number, mutations: Mutations) -> Mat
         followed by a product, or whose input does not come from one (a router, a classifier), is
         not attention.
     """
-    if len(tensor_shape(softmax) or ()) < 3:
+    weights = softmax.weights
+    if len(tensor_shape(weights) or ()) < 3:
         return None
-    routes, escapes = routes_to_product(softmax)
-    if not routes or not leads_to_product(softmax.args[0]):
+    routes, escapes = routes_to_product(weights)
+    if not routes or not leads_to_product(softmax.logits):
         return None
-    chain = trace_logits(softmax, number)
-    reader = chain.product or softmax
-    match = Match("decomposed", reader, softmax, routes[0][-1], AxisBook())
+    chain = trace_logits(softmax.logits, number)
+    reader = chain.product or weights
+    match = Match("decomposed", reader, weights, routes[0][-1], AxisBook(), axis=softmax.axis)
     match.obstacles += chain.obstacles
     if len(routes) > 1:
         match.refuse(SkipCode.AMBIGUOUS, f"{len(routes)} products read the weights")
@@ -66,8 +68,12 @@ def match_decomposed(softmax: Node, number: Number, mutations: Mutations) -> Mat
         return match
     _check_chain(match, chain, mutations)
     layout = _follow_effects(match, chain, product)
-    if layout is not None:
-        match.products = products_of(match, product, routes[0], layout, mutations)
+    if layout is None:
+        return match
+    add_sink(match, softmax, layout)
+    match.products = products_of(match, product, routes[0], layout, mutations)
+    if match.sink is not None and match.sink.column != "none":
+        match.refuse(SkipCode.SINK_LOGIT, f"the column of {cited(match.sink.node)} is not dropped")
     return match
 
 
@@ -77,8 +83,12 @@ def _follow_effects(match: Match, chain: LogitChain, product: Contraction) -> La
     for effect in chain.effects:
         if layout is None:
             break
+        if match.sink is not None and effect.kind not in _MOVING_ALL:
+            match.refuse(SkipCode.SINK_LOGIT, f"{cited(effect.node)} changes logits and sink")
         if effect.kind == "layout":
             layout = moved(effect.node, layout, match.book)
+        elif effect.kind == "append" and effect.operand is not None:
+            append_sink(match, effect.node, effect.operand, layout)
         else:
             _apply(match, effect, layout)
     if layout is None:
@@ -87,8 +97,7 @@ def _follow_effects(match: Match, chain: LogitChain, product: Contraction) -> La
         match.refuse(SkipCode.AMBIGUOUS, f"logits are at least {match.floor:g}")
     if match.shift > MOST_SHIFTED:
         match.refuse(SkipCode.AMBIGUOUS, f"logits are shifted by {match.shift:g}")
-    if match.softcap is not None:
-        match.refuse(SkipCode.SOFTCAP, f"logits are bounded by {match.softcap:g}")
+    _settle_softcap(match)
     return layout
 
 
@@ -97,13 +106,37 @@ def _apply(match: Match, effect: Effect, layout: Layout) -> None:
         _multiply(match, effect.number)
     elif effect.kind == "shift":
         match.shift += abs(effect.number)
+    elif effect.kind == "centre":
+        match.is_centred = True
     elif effect.kind == "tanh":
-        match.softcap = 1.0
+        _cap(match, effect)
     elif effect.kind == "floor":
         match.floor = max(match.floor, effect.number)
-    elif effect.kind != "layout" and effect.operand is not None:
+    elif effect.kind in ("add", "masked_fill", "where") and effect.operand is not None:
         term = MaskTerm(effect.kind, effect.operand, effect.fill, layout, effect.number)
         match.mask_terms.append(term)
+
+
+def _cap(match: Match, effect: Effect) -> None:
+    """Note a hyperbolic tangent; refused unless it bounds scaled products and nothing else."""
+    if match.softcap is not None:
+        match.refuse(SkipCode.SOFTCAP, f"{cited(effect.node)} is the second one")
+    if match.mask_terms:
+        match.refuse(SkipCode.SOFTCAP, f"{cited(effect.node)} bounds masked logits")
+    if match.shift or match.is_centred or match.floor > -math.inf:
+        match.refuse(SkipCode.SOFTCAP, f"{cited(effect.node)} bounds logits that were shifted")
+    match.softcap = 1.0
+
+
+def _settle_softcap(match: Match) -> None:
+    """Write ``softcap * tanh(scale * x)`` as ``softcap * tanh(scale * softcap * x / softcap)``."""
+    if match.softcap is None:
+        return
+    if match.softcap == 0:
+        match.refuse(SkipCode.SOFTCAP, "logits are bounded by 0")
+    match.scale = (match.scale or 0.0) * match.softcap
+    # The tangent is odd: a negative bound is a negative scale, which the product already has.
+    match.softcap = abs(match.softcap)
 
 
 def _multiply(match: Match, factor: float) -> None:
@@ -135,8 +168,7 @@ def _check_chain(match: Match, chain: LogitChain, mutations: Mutations) -> None:
         if user in inside and mutations.writer_between(node, node, user) is not None:
             match.refuse(SkipCode.MUTATION, f"`{node.name}` changes before it is read")
             break
-    axis = bound_arguments(match.softmax)["dim"]
-    if chain.helpers and axis not in (-1, len(shape_of(match.softmax)) - 1):
+    if chain.helpers and match.axis not in (-1, len(shape_of(match.softmax)) - 1):
         match.refuse(SkipCode.AMBIGUOUS, "a maximum is subtracted along another axis")
 
 

@@ -9,7 +9,7 @@ from typing import Literal
 from torch.fx import Node
 
 from seer_compile.passes.attention_axes import Products
-from seer_compile.passes.axes import AxisBook
+from seer_compile.passes.axes import AxisBook, Layout, Letters
 from seer_compile.types import MaskTerm, SkipCode, SkipReason
 
 # A number added to or put in place of a logit hides its key from here down: half-precision masks
@@ -17,6 +17,22 @@ from seer_compile.types import MaskTerm, SkipCode, SkipReason
 HIDING = -1e4
 # By so much all logits may move together, with those numbers still far below every other.
 MOST_SHIFTED = 1e3
+
+
+Column = Literal["first", "last", "none"]
+
+
+@dataclass(slots=True)
+class Sink:
+    """A logit beside those of the keys, whose weight reads no value."""
+
+    node: Node
+    layout: Layout
+    """Of the node; a dimension of size 1 has no letter."""
+    keys: Letters
+    """Of the axis that it stands beside."""
+    column: Column
+    """Where it stands among the weights as they are; none where it is in their sum only."""
 
 
 @dataclass(slots=True)
@@ -37,6 +53,11 @@ class Match:
     scale: float | None = 1.0
     """None for one over the square root of the head dim."""
     softcap: float | None = None
+    axis: int = -1
+    """The dimension of the weights that add up to 1."""
+    sink: Sink | None = None
+    is_centred: bool = False
+    """Whether a maximum was subtracted from the logits so far."""
     shift: float = 0.0
     """The largest constant, by amount, that all logits carry on their way to the softmax."""
     floor: float = -math.inf

@@ -118,8 +118,8 @@ def _unrepeat(state: Peeled, source: Node, packet: Any, book: AxisBook) -> Peele
 
 def _unexpand(state: Peeled, source: Node, packet: Any) -> Peeled | None:
     before, after = shape_of(source), shape_of(state.node)
-    if len(before) != len(after):
-        return None
+    added = len(after) - len(before)
+    before = (*[1] * added, *before)
     layout, repeated = list(state.layout), set(state.repeated)
     for axis, (old, new) in enumerate(zip(before, after, strict=True)):
         if is_known(old == new):
@@ -129,7 +129,9 @@ def _unexpand(state: Peeled, source: Node, packet: Any) -> Peeled | None:
             return None
         repeated |= set(layout[axis])
         layout[axis] = ()
-    return replace(state, node=source, layout=tuple(layout), repeated=frozenset(repeated))
+    if any(layout[:added]):
+        return None
+    return replace(state, node=source, layout=tuple(layout[added:]), repeated=frozenset(repeated))
 
 
 def _uninterleave(state: Peeled, source: Node, book: AxisBook) -> Peeled | None:

@@ -88,8 +88,6 @@ def _first_reason(
 def _check_form(site: AttentionSite) -> SkipReason | None:
     if site.kind == "flex":
         return SkipReason(SkipCode.FLEX)
-    if site.softcap is not None:
-        return SkipReason(SkipCode.SOFTCAP, f"tanh at {site.softcap:g}")
     if site.dropout > 0:
         return SkipReason(SkipCode.DROPOUT, f"p={site.dropout:g}")
     if site.kv_heads < 1 or site.heads % site.kv_heads:

@@ -4,8 +4,8 @@
     query, key, value -> attention   =>    query, key, value -> block_sparse_attention
 
 Legal because the operator computes the same softmax over the same keys, less the blocks that were
-not selected; what the mask hides is an argument of the operator. The former region loses its
-users and goes with ``remove_dead``.
+not selected; what the mask hides, a softcap of the logits, and sinks beside the keys are arguments
+of the operator. The former region loses its users and goes with ``remove_dead``.
 """
 
 from __future__ import annotations
@@ -46,11 +46,14 @@ def replace_attention(graph_module: GraphModule, plan: RewritePlan) -> PassResul
             for index in range(2)
         )
         _, _, _, query_block, key_block, _, _, *visibility = selection.args
+        *operands, sinks = (moved.get(operand, operand) for operand in selection.meta[OPERANDS])
         attention = builder.call(
             torch.ops.seer_compile.block_sparse_attention.v1,
-            *(moved.get(operand, operand) for operand in selection.meta[OPERANDS]),
+            *operands,
             *(indices, counts, site.scale, query_block, key_block),
             *visibility,
+            site.softcap,
+            sinks,
             role="attention",
             gate=mark.gate,
         )

@@ -27,7 +27,6 @@ from seer_compile.passes.dataflow import (
 )
 from seer_compile.passes.fx_utils import (
     bound_arguments,
-    cited,
     fake_value,
     is_known,
     packet_of,
@@ -41,11 +40,11 @@ _LONGEST = 40
 Number = Callable[[Any], float | None]
 
 
-def trace_logits(softmax: Node, number: Number) -> LogitChain:
-    """Walk from a softmax back to the product of queries and keys.
+def trace_logits(logits: Any, number: Number) -> LogitChain:
+    """Walk from what a softmax normalises back to the product of queries and keys.
 
     Args:
-        softmax: The softmax call.
+        logits: The argument of the softmax.
         number: Returns the value of a constant (a Python number, or a node of known value).
 
     Returns:
@@ -53,7 +52,7 @@ def trace_logits(softmax: Node, number: Number) -> LogitChain:
     """
     walk = _Walk(number)
     try:
-        product = walk.run(softmax.args[0])
+        product = walk.run(logits)
     except _LeftTableError as error:
         return LogitChain(None, obstacles=(*walk.obstacles, error.reason))
     return LogitChain(
@@ -156,6 +155,7 @@ class _Walk:
             stabiliser = row_maximum(right, left)
             if stabiliser is not None and weight == 1:
                 self.helpers |= stabiliser
+                self.effects.append(Effect("centre", node))
                 return left
             weight = -weight
         logits, other = self._sides(node, left, right)
@@ -199,8 +199,10 @@ class _Walk:
         sides = [part for part in parts if leads_to_product(part)]  # pyright: ignore
         if len(sides) != 1:
             raise _LeftTableError(f"`{node.name}` joins logits")
-        reason = SkipReason(SkipCode.SINK_LOGIT, f"{cited(node)} appends to the logits")
-        self.obstacles.append(reason)
+        others = [part for part in parts if part is not sides[0]]  # pyright: ignore
+        if not others:
+            raise _LeftTableError(f"`{node.name}` joins logits")
+        self.effects.append(Effect("append", node, operand=others[0]))
         return sides[0]
 
     def _fill(

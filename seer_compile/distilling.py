@@ -52,6 +52,8 @@ class Distillation:
                 value=inputs.value.detach(),
                 scale=inputs.scale,
                 visibility=Visibility(**readable),
+                softcap=inputs.softcap,
+                sinks=None if inputs.sinks is None else inputs.sinks.detach(),
             )
         )
 

@@ -180,6 +180,8 @@ class DenseTimer:
                 inputs.value,
                 scale=inputs.scale,
                 visibility=inputs.visibility,
+                softcap=inputs.softcap,
+                sinks=inputs.sinks,
             )
 
 

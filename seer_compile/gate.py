@@ -274,7 +274,7 @@ class AttnGate(nn.Module):
             inputs.scale,
             *self.constants().values(),
             inputs.name,
-            *inputs.visibility.as_arguments().values(),
+            *inputs.last_arguments(),
         )[0]
 
     def constants(self) -> dict[str, Any]:

@@ -161,6 +161,8 @@ class AttentionSite:
     """The node whose value is replaced."""
     output_steps: tuple[LayoutStep, ...] = ()
     """Layout calls from ``Float[b h q v]`` to the layout of ``output``."""
+    sinks: Operand | None = None
+    """``Float[h]``: logits that take part in the softmax and have no value."""
     heads: int
     kv_heads: int
     head_dim: int
@@ -172,6 +174,7 @@ class AttentionSite:
     use; ``q`` and ``k`` are always there."""
     is_causal: bool = False
     softcap: float | None = None
+    """Bound of the logits: ``softcap * tanh(scale * q k^T / softcap)``, before the mask."""
     dropout: float = 0.0
     """Dropout probability in effect; 0 in evaluation."""
     obstacles: tuple[SkipReason, ...] = ()
@@ -190,8 +193,8 @@ class SkipCode(enum.Enum):
     DECODE = "one query token (decode)"
     DROPOUT = "dropout is active"
     WEIGHTS_ESCAPE = "attention weights are used outside the site"
-    SOFTCAP = "logit soft-capping"
-    SINK_LOGIT = "learned sink logit"
+    SOFTCAP = "softcap of another form"
+    SINK_LOGIT = "sink logit of another form"
     FLOAT_BIAS = "floating-point bias on the logits"
     OPAQUE_MASK = "mask could not be proved"
     AMBIGUOUS = "dataflow between the two products is ambiguous"
@@ -293,6 +296,14 @@ class SiteInputs:
     """``Float[b g k v]``."""
     scale: float
     visibility: Visibility
+    softcap: float | None = None
+    """Bound of the logits: ``softcap * tanh(logits / softcap)``, before the mask."""
+    sinks: Tensor | None = None
+    """``Float[h]``: logits that take part in the softmax and have no value."""
+
+    def last_arguments(self) -> tuple[Any, ...]:
+        """Return what operators of attention take last: visibility, softcap, sinks."""
+        return (*self.visibility.as_arguments().values(), self.softcap, self.sinks)
 
 
 class SiteHandler(Protocol):

@@ -5,6 +5,8 @@ With ``p`` recomputed from the saved log-sum-exp, ``delta[i] = sum_v grad_out[i]
 
     dquery = scale * dlogits key      dkey = scale * dlogits^T query      dvalue = p^T grad_out
 
+Behind a softcap, ``dlogits`` is multiplied by ``1 - tanh^2`` first.
+
 Layout: two kernels. The first walks the list of each query block and writes dquery and delta. The
 second walks, for each key tile, the transposed lists of all query heads of its key head, so that
 the sum over these heads happens in registers. Neither uses atomics: results are deterministic.
@@ -58,6 +60,7 @@ def launch(
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
     *,
+    softcap: float | None = None,
     tiling: BackwardTiling | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate block-sparse attention.
@@ -80,6 +83,7 @@ def launch(
         key_padding: ``Bool[b k]``.
         query_documents: ``Int[b q]``.
         key_documents: ``Int[b k]``.
+        softcap: Bounds the logits by ``softcap * tanh(logits / softcap)``, before the mask.
         tiling: Overrides the tuning table.
 
     Returns:
@@ -116,6 +120,7 @@ def launch(
         band.upper,
         band.lower,
         float(scale),
+        1.0 if softcap is None else float(softcap),
     )
     constants = {
         "PER_KEY_HEAD": layout.per_key_head,
@@ -129,6 +134,7 @@ def launch(
         "PADDED_DIM": padded[0],
         "PADDED_VALUE_DIM": padded[1],
         "PRECISION": dot_precision(query.dtype),
+        "IS_CAPPED": softcap is not None,
     }
     with launching_on(query, "query"):
         lists, list_counts = transpose_selection(indices, counts, key_blocks)

@@ -14,7 +14,8 @@ most to do under a causal band.
 
 Numerics: products of the input dtype accumulate in float32, probabilities are rounded to the dtype
 of the values before the second product, float32 inputs are multiplied exactly. What is not finite
-in a value row spoils exactly the queries that may read that row.
+in a value row spoils exactly the queries that may read that row. A softcap is exact to float32; it
+takes as many exponentials again as the softmax.
 
 Source:
     Dao, "FlashAttention-2", arXiv:2307.08691; the list layout is FlexAttention's.
@@ -42,6 +43,7 @@ from seer_compile.kernels.triton.primitives import (
     padded_dim,
     shifted_band,
     store_tile,
+    tanh,
     tile_pointers,
     token_visibility,
 )
@@ -58,11 +60,15 @@ def _attend(
     running_sum,
     visible,
     qk_scale,
+    inner_scale,
+    IS_CAPPED: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Add one key tile to the running softmax; ``visible`` is None inside the band."""
     # [rows, keys]
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if IS_CAPPED:
+        logits = tanh(logits * inner_scale)
     if visible is None:
         new_max = tl.maximum(running_max, tl.max(logits, 1))
         base = new_max
@@ -118,6 +124,7 @@ def _attention_forward(
     lower,
     scale,
     qk_scale,
+    inner_scale,
     selections,
     num_blocks,
     capacity,
@@ -136,6 +143,7 @@ def _attention_forward(
     PADDED_VALUE_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     NEGATE: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
 ):
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
@@ -205,8 +213,9 @@ def _attention_forward(
             PADDED_VALUE_DIM,
         )
         accumulator, running_max, running_sum = _attend(
-            query, key, value, accumulator, running_max, running_sum, None, qk_scale, PRECISION
-        )
+            query, key, value, accumulator, running_max, running_sum, None, qk_scale, inner_scale,
+            IS_CAPPED, PRECISION,
+        )  # fmt: skip
 
     for step in range(0, (num_below + num_above) * SPLIT):
         position = step // SPLIT
@@ -238,8 +247,9 @@ def _attention_forward(
         )
         value, is_spoilt = finite_or_zero(value)
         accumulator, running_max, running_sum = _attend(
-            query, key, value, accumulator, running_max, running_sum, visible, qk_scale, PRECISION
-        )
+            query, key, value, accumulator, running_max, running_sum, visible, qk_scale,
+            inner_scale, IS_CAPPED, PRECISION,
+        )  # fmt: skip
         reads_spoilt = tl.max(tl.where(visible & is_spoilt[None, :], 1, 0), 1)
         accumulator = tl.where((reads_spoilt != 0)[:, None], float("nan"), accumulator)
 
@@ -261,6 +271,15 @@ def _attention_forward(
     tl.store(lse_ptr + lse_rows, lse, mask=is_query)
 
 
+def _scales(scale: float, softcap: float | None) -> tuple[float, float, float]:
+    """Return the scale of logits as they are held, the same in base 2, and that inside a tanh."""
+    # Maxima are taken before scaling, so the scale is positive.
+    magnitude = max(abs(float(scale)), 1e-30)
+    # Capped logits are held in units of the cap: the scale goes inside, the cap is what is left.
+    outer = magnitude if softcap is None else float(softcap)
+    return outer, outer * LOG2_E, magnitude / outer
+
+
 def launch(
     query: Tensor,
     key: Tensor,
@@ -277,6 +296,7 @@ def launch(
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
     *,
+    softcap: float | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Compute block-sparse attention.
@@ -296,6 +316,7 @@ def launch(
         key_padding: ``Bool[b k]``, True where the key may be read.
         query_documents: ``Int[b q]``.
         key_documents: ``Int[b k]``.
+        softcap: Bounds the logits by ``softcap * tanh(logits / softcap)``, before the mask.
         tiling: Overrides the tuning table.
 
     Returns:
@@ -320,8 +341,6 @@ def launch(
         layout, query_block, key_block, max(padded), query.dtype, shared_memory(query.device)
     )
     band = make_band(upper, lower, offset)
-    # Maxima are taken before scaling, so the scale is positive.
-    magnitude = max(abs(float(scale)), 1e-30)
     tiles = ceil_div(q_len, tiling.rows)
     groups = heads // tiling.heads
     with launching_on(query, "query"):
@@ -343,8 +362,7 @@ def launch(
             k_len,
             band.upper,
             band.lower,
-            magnitude,
-            magnitude * LOG2_E,
+            *_scales(scale, softcap),
             *indices.shape[1:],
             tiles,
             groups,
@@ -361,6 +379,7 @@ def launch(
             PADDED_VALUE_DIM=padded[1],
             PRECISION=dot_precision(query.dtype),
             NEGATE=scale < 0,
+            IS_CAPPED=softcap is not None,
             num_warps=tiling.warps,
             num_stages=tiling.stages,
         )

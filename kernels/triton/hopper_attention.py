@@ -168,7 +168,13 @@ def _hopper_attention(
 
 
 def obstacle(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, query_block: int, key_block: int
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    indices: Tensor,
+    query_block: int,
+    key_block: int,
+    softcap: float | None = None,
 ) -> str | None:
     """Return why this engine does not take a call, or None.
 
@@ -179,7 +185,10 @@ def obstacle(
         indices: ``Int32[b s m n]``.
         query_block: Tokens per query block.
         key_block: Tokens per key block.
+        softcap: Bounds the logits; None where nothing does.
     """
+    if softcap is not None:
+        return "logits are soft-capped"
     if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] != 9:
         return "the device is no Hopper GPU"
     reason = _shape_obstacle(query, key, value, indices, query_block, key_block)

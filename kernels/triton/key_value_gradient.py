@@ -37,11 +37,11 @@ def key_value_gradient(
     query_ptr, key_ptr, value_ptr, grad_out_ptr, lse_ptr, delta_ptr, lists_ptr, list_counts_ptr,
     grad_key_ptr, grad_value_ptr, query_strides, key_strides, value_strides, grad_out_strides,
     grad_key_strides, grad_value_strides, offset_ptr, padding_ptr, query_documents_ptr,
-    key_documents_ptr, q_len, k_len, upper, lower, scale, tiles, kv_heads, query_blocks,
+    key_documents_ptr, q_len, k_len, upper, lower, scale, softcap, tiles, kv_heads, query_blocks,
     PER_KEY_HEAD: tl.constexpr, PER_SELECTION: tl.constexpr, BLOCK_Q: tl.constexpr,
     BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr, DIM: tl.constexpr,
     VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr, PADDED_VALUE_DIM: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, IS_CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradients of one tile of keys and values."""
     program = tl.program_id(0)
@@ -113,8 +113,9 @@ def key_value_gradient(
             lse = tl.load(lse_ptr + statistics + start + query_rows)
             delta = tl.load(delta_ptr + statistics + start + query_rows)
             probability, gradient = grad_logits(
-                key, query, grad_out, value, lse[None, :], delta[None, :], None, scale, PRECISION
-            )
+                key, query, grad_out, value, lse[None, :], delta[None, :], None, scale, softcap,
+                IS_CAPPED, PRECISION,
+            )  # fmt: skip
             grad_value = tl.dot(
                 probability.to(grad_out.dtype), grad_out, grad_value, input_precision=PRECISION
             )
@@ -145,8 +146,8 @@ def key_value_gradient(
             lse = tl.where(lse == float("-inf"), float("inf"), lse)
             delta = tl.load(delta_ptr + statistics + queries, mask=is_query, other=0.0)
             probability, gradient = grad_logits(
-                key, query, grad_out, value, lse[None, :], delta[None, :], visible, scale,
-                PRECISION,
+                key, query, grad_out, value, lse[None, :], delta[None, :], visible, scale, softcap,
+                IS_CAPPED, PRECISION,
             )  # fmt: skip
             query, _ = finite_or_zero(query)
             grad_out, is_spoilt = finite_or_zero(grad_out)

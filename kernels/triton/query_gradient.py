@@ -17,19 +17,26 @@ from seer_compile.kernels.triton.primitives import (
     load_whole_tile,
     shifted_band,
     store_tile,
+    tanh,
     tile_pointers,
     token_visibility,
 )
 
 
 @triton.jit
-def grad_logits(query, key, value, grad_out, lse, delta, visible, scale, PRECISION: tl.constexpr):
+def grad_logits(
+    query, key, value, grad_out, lse, delta, visible, scale, softcap, IS_CAPPED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
     """Return probabilities and the gradient of the logits, ``[rows, keys]`` each.
 
     Called with the roles of rows and keys exchanged it returns both transposed; ``lse`` and
-    ``delta`` come shaped to broadcast.
+    ``delta`` come shaped to broadcast. Of a softcap the gradient is that of what it bounds.
     """
     logits = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if IS_CAPPED:
+        bounded = tanh(logits * (scale / softcap))
+        logits, scale = bounded, softcap
     if PRECISION == "ieee":
         # Base 2 costs float32 a rounding of both terms; here only their difference is rounded.
         logits = (logits * scale - lse) * 1.4426950408889634
@@ -40,6 +47,8 @@ def grad_logits(query, key, value, grad_out, lse, delta, visible, scale, PRECISI
     probability = tl.math.exp2(logits)
     grad_probability = tl.dot(grad_out, tl.trans(value), input_precision=PRECISION)
     gradient = probability * (grad_probability - delta)
+    if IS_CAPPED:
+        gradient *= 1.0 - bounded * bounded
     if visible is not None:
         # Where an unread value is not finite, 0 * NaN has slipped in.
         gradient = tl.where(visible, gradient, 0.0)
@@ -63,11 +72,11 @@ def query_gradient(
     query_ptr, key_ptr, value_ptr, out_ptr, grad_out_ptr, lse_ptr, delta_ptr, indices_ptr,
     counts_ptr, grad_query_ptr, query_strides, key_strides, value_strides, out_strides,
     grad_out_strides, grad_query_strides, offset_ptr, padding_ptr, query_documents_ptr,
-    key_documents_ptr, q_len, k_len, upper, lower, scale, selections, num_blocks, capacity,
+    key_documents_ptr, q_len, k_len, upper, lower, scale, softcap, selections, num_blocks, capacity,
     tiles, heads, PER_KEY_HEAD: tl.constexpr, PER_SELECTION: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, TILE_Q: tl.constexpr, TILE_K: tl.constexpr,
     DIM: tl.constexpr, VALUE_DIM: tl.constexpr, PADDED_DIM: tl.constexpr,
-    PADDED_VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr, PRECISION: tl.constexpr, IS_CAPPED: tl.constexpr,
 ):  # fmt: skip
     """Write the gradient of one tile of queries, and its delta."""
     program = tl.program_id(0)
@@ -136,8 +145,9 @@ def query_gradient(
             PADDED_VALUE_DIM,
         )  # fmt: skip
         _, gradient = grad_logits(
-            query, key, value, grad_out, lse[:, None], delta[:, None], None, scale, PRECISION
-        )
+            query, key, value, grad_out, lse[:, None], delta[:, None], None, scale, softcap,
+            IS_CAPPED, PRECISION,
+        )  # fmt: skip
         accumulator = tl.dot(gradient.to(key.dtype), key, accumulator, input_precision=PRECISION)
 
     for step in range(0, (num_below + num_above) * SPLIT):
@@ -158,8 +168,9 @@ def query_gradient(
             PADDED_VALUE_DIM,
         )  # fmt: skip
         _, gradient = grad_logits(
-            query, key, value, grad_out, lse[:, None], delta[:, None], visible, scale, PRECISION
-        )
+            query, key, value, grad_out, lse[:, None], delta[:, None], visible, scale, softcap,
+            IS_CAPPED, PRECISION,
+        )  # fmt: skip
         key, _ = finite_or_zero(key)
         accumulator = tl.dot(gradient.to(key.dtype), key, accumulator, input_precision=PRECISION)
 

@@ -28,16 +28,16 @@ def launched(monkeypatch):
     """Replace both launches by notes of who was called."""
     calls = []
     for name, module in (("portable", attention_forward), ("hopper", hopper_attention)):
-        monkeypatch.setattr(module, "launch", lambda *_, name=name: calls.append(name))
+        monkeypatch.setattr(module, "launch", lambda *_, name=name, **__: calls.append(name))
     return calls
 
 
-def call(dim=128, dtype=torch.bfloat16, blocks=(64, 64), query=None, selections=1):
+def call(dim=128, dtype=torch.bfloat16, blocks=(64, 64), query=None, selections=1, softcap=None):
     query = torch.zeros(1, 2, 64, dim, dtype=dtype) if query is None else query
     other = torch.zeros(1, 1, 64, dim, dtype=dtype)
     shape = (1, selections, 1)
     lists = torch.zeros(*shape, 1, dtype=torch.int32), torch.zeros(*shape, dtype=torch.int32)
-    return engines.forward(query, other, other, *lists, 0.1, *blocks)
+    return engines.forward(query, other, other, *lists, 0.1, *blocks, softcap=softcap)
 
 
 def test_auto_is_the_hopper_engine_where_it_takes_the_call(launched, recwarn):
@@ -46,6 +46,12 @@ def test_auto_is_the_hopper_engine_where_it_takes_the_call(launched, recwarn):
     assert launched == ["hopper", "portable"]
     assert engines.answers() == {"hopper": 1, "portable:head dims 80 and 80": 1}
     assert not recwarn.list
+
+
+def test_soft_capped_logits_go_to_the_portable_engine(launched):
+    call(softcap=50.0)
+    assert launched == ["portable"]
+    assert engines.answers() == {"portable:logits are soft-capped": 1}
 
 
 def test_a_choice_holds_inside_the_block_and_in_its_thread_only(launched):

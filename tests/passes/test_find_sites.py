@@ -256,7 +256,7 @@ def expected_of(name, mask):
         "bert": {whole},
         "vit": {whole},
         "mistral": {f"causal + window(8){padded}"},
-        "gemma2": {SkipCode.SOFTCAP},
+        "gemma2": {f"causal + window(8){padded}", f"causal{padded}"},
         "gemma3": {f"causal + window(8){padded}", f"causal{padded}"},
         "t5": {SkipCode.FLOAT_BIAS, whole},
         "whisper": {"full", "causal"},

@@ -109,17 +109,6 @@ def logits_through_a_nonlinearity(q, k, v):
     return (q @ k.mT).relu().softmax(-1) @ v
 
 
-@near_miss(SkipCode.SOFTCAP)
-def logits_bounded_by_tanh(q, k, v):
-    return (((q @ k.mT) / 30.0).tanh() * 30.0).softmax(-1) @ v
-
-
-@near_miss(SkipCode.SINK_LOGIT)
-def sink_logit_beside_the_keys(q, k, v):
-    logits = torch.cat([q @ k.mT, torch.zeros(B, H, T, 1)], -1)
-    return logits.softmax(-1)[..., :-1] @ v
-
-
 @near_miss(SkipCode.AMBIGUOUS)
 def logits_of_two_products_added(q, k, v):
     return (q @ k.mT + q @ v.mT).softmax(-1) @ v

@@ -39,7 +39,6 @@ def test_plan_makes_a_proved_site_sparse():
     ("changes", "code"),
     [
         ({"kind": "flex"}, SkipCode.FLEX),
-        ({"softcap": 50.0}, SkipCode.SOFTCAP),
         ({"dropout": 0.1}, SkipCode.DROPOUT),
         ({"kv_heads": 3}, SkipCode.HEADS),
         ({"head_dim": 320}, SkipCode.HEAD_DIM),

@@ -146,7 +146,7 @@ def latent_heads_wider_than_their_values(layer, x):
     return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
 
-@case(SkipCode.SINK_LOGIT)
+@case("causal")
 def learned_sink_beside_the_keys(layer, x):
     q, k, v = heads_of(x)
     logits = (q @ k.mT * 0.3).masked_fill(~causal(q, k), NEG)
@@ -155,7 +155,7 @@ def learned_sink_beside_the_keys(layer, x):
     return F.softmax(joined, -1)[..., :-1] @ v
 
 
-@case(SkipCode.SOFTCAP)
+@case("causal")
 def logits_capped_softly(layer, x):
     q, k, v = heads_of(x)
     logits = ((q @ k.mT) / 50.0).tanh() * 50.0

@@ -22,7 +22,6 @@ NEG = float("-inf")
 SIZES = {"b": (1, 2, 3), "g": (1, 2), "r": (1, 2), "q": (4, 9, 20), "d": (4, 8), "v": (4, 8, 5)}
 SPOILED = {
     "bias": SkipCode.FLOAT_BIAS,
-    "softcap": SkipCode.SOFTCAP,
     "squared_weights": SkipCode.AMBIGUOUS,
     "learned_scale": SkipCode.SCALE,
     "two_readers": SkipCode.WEIGHTS_ESCAPE,
@@ -36,7 +35,7 @@ CHOICES = {
     "mask_form": ("add_inf", "add_large", "fill_inf", "fill_lowest", "where", "fill_in_place"),
     "widened": ("no", "operands", "logits", "softmax"),
     "detour": ("none", "view", "permute", "maximum", "shift", "floor", "dropout", "clone"),
-    "spoiler": (*["none"] * 6, *SPOILED),
+    "spoiler": (*["none"] * 6, "softcap", *SPOILED),
     "weights": ("plain", "dropout", "nan_to_num", "view", "clone"),
     "values": ("matmul", "einsum", "transposed", "einsum_reordered"),
     "result": ("as_it_is", "tokens_first", "merged"),
@@ -56,20 +55,36 @@ class Program:
         self.form = {name: draw.choice(values) for name, values in CHOICES.items()}
         self.sizes = {name: draw.choice(values) for name, values in SIZES.items()}
         self.sizes["k"] = self.sizes["q"] if draw.random() < 0.6 else draw.choice((7, 12))
+        self.form["sink"] = draw.choice(("none", "none", "column"))
 
     @property
     def reasons(self) -> set[SkipCode]:
         """Why the site must stay dense; empty where it must be replaced."""
         opaque = {SkipCode.OPAQUE_MASK} if self.form["mask"] == "arbitrary" else set[SkipCode]()
-        spoiler = self.form["spoiler"]
-        return opaque if spoiler == "none" else opaque | {SPOILED[spoiler]}
+        form, found = self.form, opaque
+        if form["spoiler"] in SPOILED:
+            found |= {SPOILED[form["spoiler"]]}
+        if form["spoiler"] == "softcap" and form["product"] == "baddbmm" and form["mask"] != "none":
+            found |= {SkipCode.SOFTCAP}
+        if form["sink"] == "column" and form["detour"] in ("maximum", "shift"):
+            found |= {SkipCode.SINK_LOGIT}
+        return found
+
+    @property
+    def merges_heads_with_sinks(self) -> bool:
+        """Whether one dimension holds the heads that sinks differ by, and a batch of one item.
+
+        What is heads there only their number tells, which a symbolic one does not.
+        """
+        is_merged = self.form["product"] in ("bmm", "baddbmm") and self.sizes["b"] == 1
+        return self.form["sink"] == "column" and is_merged
 
     @property
     def heads(self) -> int:
         return self.sizes["g"] * self.sizes["r"]
 
     def inputs(self) -> list[Tensor]:
-        """Query, key, value (batch x heads x tokens x dim), padding, bias, learned scale."""
+        """Query, key, value (batch x heads x tokens x dim), padding, bias, learned scale, sinks."""
         s, generator = self.sizes, torch.Generator().manual_seed(self.seed)
 
         def normal(*shape: int) -> Tensor:
@@ -84,9 +99,10 @@ class Program:
             padding,
             normal(s["q"], s["k"]),
             normal(1).exp(),
+            normal(self.heads),
         ]
 
-    def __call__(self, q, k, v, padding, bias, learned):
+    def __call__(self, q, k, v, padding, bias, learned, sinks):
         """Run it."""
         q, k, v = (self._laid_out(x) for x in (q, k, v))
         k, v = (self._repeated(x) for x in (k, v))
@@ -106,7 +122,11 @@ class Program:
             logits = torch.tanh(logits / 20.0) * 20.0
         if hidden is not None and self.form["product"] != "baddbmm":
             logits = self._masked(logits, hidden)
-        weights = self._weights(self._detour(logits)).to(v.dtype)
+        logits = self._detour(logits)
+        if self.form["sink"] == "column":
+            column = sinks.view(*logits.shape[1:-2], 1, 1).expand(*logits.shape[:-1], 1)
+            logits = torch.cat([logits, column], -1)
+        weights = self._weights(logits).to(v.dtype)
         out = self._combined(weights, v)
         out = out.flatten(1, 2) if is_split else out
         out = self._finished(out)
@@ -214,6 +234,8 @@ class Program:
             weights = F.softmax(logits, dim=-1, dtype=torch.float64)
         else:
             weights = logits.softmax(-1)
+        if self.form["sink"] == "column":
+            weights = weights[..., :-1]
         if self.form["spoiler"] == "squared_weights":
             weights = weights * weights
         how = self.form["weights"]

@@ -109,7 +109,9 @@ def check_all(inspected):
     graph_module = inspected.captured.graph_module
     graph_module.graph.lint()
     operands = {
-        site.output.name: [x.node.name for x in (site.query, site.key, site.value)]
+        site.output.name: [
+            x.node.name for x in (site.query, site.key, site.value, site.sinks) if x is not None
+        ]
         for site, _ in proved
     }
     recorder = _Recorder(GraphModule(graph_module, graph_module.graph), operands)
@@ -141,9 +143,17 @@ def check_site(site, visibility, value, operand):
         assert torch.equal(real, readable[:, None].expand(b, h, q, k)), site.name
     group = h // site.kv_heads
     key, val = (x.repeat_interleave(group, 1).double() for x in (key, val))
-    logits = (query.double() @ key.mT * site.scale).masked_fill(~readable[:, None], float("-inf"))
-    out = logits.softmax(-1).nan_to_num() @ val
+    logits = query.double() @ key.mT * site.scale
+    if site.softcap is not None:
+        logits = site.softcap * torch.tanh(logits / site.softcap)
+    logits = logits.masked_fill(~readable[:, None], float("-inf"))
     has_key = readable.any(-1)[:, None, :, None]
+    if site.sinks is not None:
+        sinks = operand(site.sinks)
+        assert sinks.shape == (h,)
+        column = sinks.double()[:, None, None].expand(b, h, q, 1)
+        logits, has_key = torch.cat([logits, column], -1), torch.ones_like(has_key)
+    out = logits.softmax(-1).nan_to_num()[..., :k] @ val
     expected = value(site.output).double()
     rows = has_key.expand_as(out)
     out, rows = (_replay(x, site.output_steps) for x in (out, rows))

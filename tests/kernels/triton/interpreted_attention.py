@@ -19,6 +19,8 @@ patch_interpreter()
 # NumPy warns where a kernel multiplies by the NaN that a test put there.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
+import triton
+import triton.language as tl
 from kernels_cases import BF16, PROFILES, Draw, attention_inputs
 from kernels_checks import check_attention
 
@@ -28,7 +30,9 @@ from seer_compile.errors import (
     HeadConfigError,
     InterpreterUnsupportedError,
 )
-from seer_compile.kernels.triton import attention_backward, attention_forward
+from seer_compile.kernels import reference
+from seer_compile.kernels.triton import attention_backward, attention_forward, primitives
+from seer_compile.types import BlockSelection, Visibility
 
 SMALL = [profile for profile in PROFILES["attention"] if profile["dtype"] is not BF16]
 BLOCK = 16
@@ -135,6 +139,63 @@ def test_an_offset_tensor_means_the_same_as_shifted_bounds():
     moved = attend(query, key, value, *selection, upper=3, lower=-17, offset=offset)
     assert torch.equal(shifted[0], moved[0])
     assert torch.equal(shifted[1], moved[1])
+
+
+@triton.jit
+def _tanh(values_ptr, result_ptr, SIZE: tl.constexpr):
+    places = tl.arange(0, SIZE)
+    tl.store(result_ptr + places, primitives.tanh(tl.load(values_ptr + places)))
+
+
+def test_tanh_is_exact_to_float32():
+    steps = torch.logspace(-8, 2, 508, dtype=torch.float64)
+    ends = torch.tensor([0.0, 0.625, torch.inf, torch.nan], dtype=torch.float64)
+    values = torch.cat([steps, -steps, ends, -ends]).float()
+    result = torch.empty_like(values)
+    _tanh[(1,)](values, result, SIZE=1024)
+    exact = values.double().tanh()
+    torch.testing.assert_close(result.double(), exact, rtol=2.5e-7, atol=0.0, equal_nan=True)
+
+
+CAPPED = {
+    "full": {},
+    "causal": {"upper": 0},
+    "window": {"upper": 0, "lower": -20},
+    "nothing": {"upper": 0, "lower": 1},
+    "padded": {"upper": 0, "key_padding": torch.arange(70)[None] >= 30},
+}
+
+
+@pytest.mark.parametrize("readable", CAPPED.values(), ids=CAPPED)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize(("scale", "softcap"), [(0.25, 50.0), (2.0, 3.0), (-0.5, 1.0)])
+def test_soft_capped_attention_is_as_exact_as_eager(scale, softcap, dtype, readable):
+    query, key, value = inputs(70, 70, heads=4, kv_heads=2, dtype=dtype)
+    selection = full_selection(70, 70)
+    rest = (*selection, scale, BLOCK, BLOCK)
+    out, lse = attention_forward.launch(query, key, value, *rest, **readable, softcap=softcap)
+    grad = Draw(1, 0).normal(*out.shape).to(dtype)
+    results = (grad, query, key, value, out, lse)
+    got = attention_backward.launch(*results, *rest, **readable, softcap=softcap)
+
+    def meant(to):
+        leaves = [tensor.to(to).requires_grad_() for tensor in (query, key, value)]
+        wanted, total = reference.block_sparse_attention(
+            *leaves,
+            BlockSelection(*selection),
+            *(scale, BLOCK, BLOCK, Visibility(**readable)),
+            softcap=softcap,
+        )
+        gradients = torch.autograd.grad(wanted, leaves, grad.to(to))
+        return wanted.detach(), total.detach(), *gradients
+
+    gold, eager = meant(torch.float64), meant(dtype)
+    for ours, theirs, exact in zip((out, lse, *got), eager, gold, strict=True):
+        worst = (theirs.double() - exact).where(exact.isfinite(), 0.0).abs().max()
+        floor = 8 * torch.finfo(ours.dtype).eps * exact.where(exact.isfinite(), 0.0).abs().max()
+        error = (ours.double() - exact).where(exact.isfinite(), 0.0).abs().max()
+        assert error <= 2 * worst + floor
+        assert torch.equal(ours.double()[~exact.isfinite()], exact[~exact.isfinite()])
 
 
 def test_heads_that_share_a_selection_get_what_they_get_alone():
