@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from seer_compile.errors import ShapeError
-from seer_compile.kernels import blockwise, engines
+from seer_compile.kernels import blockwise, by_device
 from seer_compile.kernels.checks import (
     check_attention,
     check_blocks,
@@ -25,9 +25,9 @@ from seer_compile.kernels.checks import (
     check_tensor,
     check_visibility,
 )
-from seer_compile.kernels.contracts import NAMESPACE, visibility_of
+from seer_compile.kernels.contracts import DEVICES, NAMESPACE, visibility_of
 from seer_compile.kernels.gated_attention import empty_token_major
-from seer_compile.kernels.sinks import check_sinks, sinks_gradient, with_sinks
+from seer_compile.kernels.sinks import check_sinks, sinks_gradient
 from seer_compile.types import BlockSelection, Visibility
 
 _BEFORE_SOFTCAP = 11
@@ -46,7 +46,7 @@ def fake_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.new_empty(tensor.shape) for tensor in tensors)
 
 
-@custom_op(f"{NAMESPACE}::block_sparse_attention.v1", mutates_args=(), device_types="cpu")
+@custom_op(f"{NAMESPACE}::block_sparse_attention.v1", mutates_args=(), device_types=DEVICES)
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,
@@ -65,42 +65,15 @@ def block_sparse_attention(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """CPU kernel."""
-    readable = (upper, lower, offset, key_padding, query_documents, key_documents)
-    sizes = (scale, query_block, key_block)
-    visibility = _check(query, key, value, indices, counts, *sizes, *readable)
-    check_sinks(sinks, query)
-    check_softcap(softcap)
-    operands = (query, key, value, indices, counts)
-    results = blockwise.attention_forward(*operands, *sizes, visibility, softcap)
-    return with_sinks(results, sinks)
-
-
-@block_sparse_attention.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    counts: Tensor,
-    scale: float,
-    query_block: int,
-    key_block: int,
-    upper: int | None = None,
-    lower: int | None = None,
-    offset: Tensor | None = None,
-    key_padding: Tensor | None = None,
-    query_documents: Tensor | None = None,
-    key_documents: Tensor | None = None,
-    softcap: float | None = None,
-    sinks: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
+    """Both devices."""
     readable = (upper, lower, offset, key_padding, query_documents, key_documents)
     arguments = (query, key, value, indices, counts, scale, query_block, key_block, *readable)
-    _check(*arguments)
+    visibility = _check(*arguments)
     check_sinks(sinks, query)
     check_softcap(softcap)
-    return with_sinks(engines.forward(*arguments, softcap=softcap), sinks)
+    selection, blocks = (indices, counts), (query_block, key_block)
+    operands = (query, key, value, selection, scale, blocks)
+    return by_device.block_sparse_attention(*operands, visibility, softcap, sinks)
 
 
 @block_sparse_attention.register_fake

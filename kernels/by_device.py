@@ -1,4 +1,4 @@
-"""What the operators of the gate compute, on the device of their tensors; arguments are unchecked.
+"""What the operators compute, on the device of their tensors; arguments are unchecked.
 
 Operators of their own check them and cost the host tens of microseconds each; a site, which makes
 all of its arguments itself, calls these.
@@ -9,8 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from seer_compile.kernels import scoring, selection
+from seer_compile.kernels import blockwise, engines, scoring, selection
 from seer_compile.kernels.geometry import Grid
+from seer_compile.kernels.sinks import with_sinks
 from seer_compile.types import Visibility
 
 
@@ -61,3 +62,24 @@ def select_blocks(
 
     blocks = (grid.query_unit, grid.key_unit, grid.q_len, grid.k_len)
     return kernel.launch(scores, budget, selector, *blocks, *visibility.as_arguments().values())
+
+
+def block_sparse_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selection: tuple[Tensor, Tensor],
+    scale: float,
+    blocks: tuple[int, int],
+    visibility: Visibility,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attend to the selected blocks; see ``ops.block_sparse_attention``."""
+    operands = (query, key, value, *selection, scale, *blocks)
+    if query.is_cuda:
+        readable = visibility.as_arguments().values()
+        results = engines.forward(*operands, *readable, softcap=softcap)
+    else:
+        results = blockwise.attention_forward(*operands, visibility, softcap)
+    return with_sinks(results, sinks)
