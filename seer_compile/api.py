@@ -204,7 +204,8 @@ def set_budget(
 
     Raises:
         SeerInputError: Not exactly one target is given, or it is out of range.
-        ModelStateError: The model is not optimized, or has no curve that translates the target.
+        ModelStateError: The model is not optimized, has no gates yet, or no curve that translates
+            the target.
     """
     from seer_compile.exporting import exported_store
 

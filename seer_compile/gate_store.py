@@ -18,7 +18,7 @@ from seer_compile.budget_curve import check_fraction
 from seer_compile.budget_tables import budget_tables
 from seer_compile.config import GateConfig
 from seer_compile.config_json import config_from_json, config_to_json
-from seer_compile.errors import GateMismatchError, SeerInputError
+from seer_compile.errors import GateMismatchError, ModelStateError, SeerInputError
 from seer_compile.gate import AttnGate
 from seer_compile.gate_entry import GateEntry
 from seer_compile.kernels.gated_attention import (
@@ -190,8 +190,8 @@ class GateStore(nn.Module):
 
         Raises:
             SeerInputError: Not exactly one target is given, or it is out of range.
-            ModelStateError: No gate has a curve that translates the target, or sensitivities
-                are asked for that were not measured.
+            ModelStateError: There are no gates, none has a curve that translates the target, or
+                sensitivities are asked for that were not measured.
             NotConvergedError: No budget keeps the error within ``max_error``, or is fast enough.
         """
         targets = {"density": density, "mass": mass, "max_error": max_error, "latency": latency}
@@ -206,6 +206,11 @@ class GateStore(nn.Module):
                 argument="allocation", got=allocation, expected=f"None: {target} is set per site"
             )
         with self._lock:
+            if not self._names:
+                raise ModelStateError(
+                    f"there are no gates yet that {target}={value} could be set on",
+                    hint="Calibrate, load gates, or let optimize find the sites: example=...",
+                )
             tables = budget_tables(
                 {name: gate.curve for name, gate in self.items()},
                 self.config,

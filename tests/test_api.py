@@ -484,6 +484,13 @@ def test_a_changed_mask_buffer_sends_the_graph_back_to_dense():
     assert model.seer_report().calls == {"<root>": {"sparse": 2}}
 
 
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_a_budget_is_not_lost_where_there_are_no_gates_yet(zero_shot):
+    model = seer_compile.optimize(decoder(), zero_shot=zero_shot, inner="eager")
+    with pytest.raises(ModelStateError, match=r"no gates yet that mass=0\.3"):
+        seer_compile.set_budget(model, mass=0.3)
+
+
 def test_set_budget_takes_exactly_one_target():
     model = optimized()
     with pytest.raises(SeerInputError, match="exactly one"):
