@@ -36,6 +36,12 @@ UNCALIBRATED = (
     "gates answer."
 )
 
+UNCOMPILED = (
+    "PyTorch ran a whole call uncompiled, with dense attention. It does so in torch.func "
+    "transforms, under torch.compiler.set_stance and TORCHDYNAMO_DISABLE, and at "
+    "torch._dynamo.config.recompile_limit."
+)
+
 
 @dataclass(frozen=True, kw_only=True)
 class BackendOptions:
@@ -121,6 +127,15 @@ class SeerBackend:
         return guarded(compiled, AssumedBuffers(result.assumed), self._as_it_came(graph_module))
 
     __call__ = compile
+
+    def note_uncompiled(self) -> None:
+        """Count a call that went past all graphs.
+
+        Warns:
+            DenseFallbackWarning: The first time.
+        """
+        self.log.uncompiled_calls += 1
+        self.log.warn_once("", UNCOMPILED)
 
     def _as_it_came(self, graph_module: GraphModule) -> Callable[..., Any]:
         def run(*args: Any) -> Any:

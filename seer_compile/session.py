@@ -89,7 +89,7 @@ class Session:
             log=self.log,
             suffix=self.suffix,
         )
-        backend = WeakBackend(self.backend, "compile")
+        backend = WeakBackend(self.backend)
         self.forwards: dict[int, Callable[..., Any]] = {}
         for number, entry in enumerate(self.entries):
             is_inner = entry is not self.model

@@ -13,7 +13,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -28,6 +28,7 @@ from seer_compile.graph_log import GraphRecord
 from seer_compile.types import SiteHandler
 
 _numbers = itertools.count()
+_ran = threading.local()
 _TAKEN_ELSEWHERE = (
     "PyTorch is at its limit of recompiles and answers with a graph that was made to calibrate or "
     "measure, so attention stays dense; raise torch._dynamo.config.recompile_limit."
@@ -55,24 +56,49 @@ def isolated_entry(model: nn.Module, *, is_forward: bool = False) -> Callable[..
     return types.FunctionType(code.replace(co_name=name), globals(), name)
 
 
+class GraphOwner(Protocol):
+    """Who rewrites and compiles graphs."""
+
+    def compile(
+        self, graph_module: GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """Return what runs instead of a graph."""
+        ...
+
+    def note_uncompiled(self) -> None:
+        """Learn that PyTorch ran a whole call without any graph."""
+        ...
+
+
 class WeakBackend:
-    """Calls a backend that someone else owns: Dynamo keeps every backend it has seen, for good.
+    """Calls a backend that someone else owns: Dynamo keeps every backend it has seen, for good."""
 
-    Args:
-        owner: What has the method that compiles.
-        method: Its name.
-    """
-
-    def __init__(self, owner: Any, method: str) -> None:
+    def __init__(self, owner: GraphOwner) -> None:
         self._owner = weakref.ref(owner)
-        self._method = method
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Compile a graph, or leave it as it came where the owner is gone."""
         owner = self._owner()
         if owner is None:
             return graph_module.forward
-        return getattr(owner, self._method)(graph_module, example_inputs)
+        compiled = owner.compile(graph_module, example_inputs)
+
+        def run(*args: Any) -> Any:
+            _ran.graphs = _graphs_run() + 1
+            return compiled(*args)
+
+        return run
+
+    def note_uncompiled(self) -> None:
+        """Tell the owner, if it still exists."""
+        owner = self._owner()
+        if owner is not None:
+            owner.note_uncompiled()
+
+
+def _graphs_run() -> int:
+    """Return how many compiled graphs this thread has run."""
+    return getattr(_ran, "graphs", 0)
 
 
 def compiled_entry(
@@ -84,8 +110,15 @@ def compiled_entry(
     to break its graph here. Two calls are traced through: one decoding step, which is dense, and a
     call from within the compiled model, whose graph this backend rewrites anyway.
     """
-    compiled = torch.compile(isolated_entry(model, is_forward=is_forward), backend=backend)
+    entry = torch.compile(isolated_entry(model, is_forward=is_forward), backend=backend)
     plain = DirectForward.plain if is_forward else type(model)._call_impl
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        before = _graphs_run()
+        result = entry(*args, **kwargs)
+        if _graphs_run() == before:
+            backend.note_uncompiled()
+        return result
 
     # A function of its own: disabling the compiled one would reach through to what it compiles.
     @torch.compiler.disable(reason="seer_compile compiles this call itself")  # type: ignore[call-arg]
@@ -159,7 +192,7 @@ class SiteRunner:
         self._root = weakref.ref(model)
         self._current = threading.local()
         self._running: set[int] = set()  # threads, by their number
-        self._entry = compiled_entry(model, WeakBackend(self, "compile"))
+        self._entry = compiled_entry(model, WeakBackend(self))
 
     def run(
         self,
@@ -193,6 +226,14 @@ class SiteRunner:
                 "torch._dynamo.config.recompile_limit, and call with fewer distinct forms.",
             )
         return result
+
+    def note_uncompiled(self) -> None:
+        """Refuse a forward that no graph was captured from: nothing of it was looked at."""
+        raise ModelStateError(
+            "PyTorch ran this forward uncompiled, so its attention could not be looked at",
+            hint="It does so in torch.func transforms, under torch.compiler.set_stance and "
+            "TORCHDYNAMO_DISABLE, and at torch._dynamo.config.recompile_limit.",
+        )
 
     def compile(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]
