@@ -98,7 +98,7 @@ def fit(
 
     Raises:
         SeerInputError: More than one target, or one out of range.
-        CalibrationDataError: Too little data, or a batch that reaches no site.
+        CalibrationDataError: Too little data, or no held-out batch reaches a site.
         NonFiniteLossError: A loss or gradient is NaN or infinite; before that step's update.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written.

@@ -207,21 +207,21 @@ class SiteRunner:
             PassError: A pass failed.
             ModelStateError: The forward did not go through the rewritten graphs.
         """
-        self._current.handler, self._current.answers = handler, 0
+        self._current.handler, self._current.sites = handler, 0
         self._running.add(threading.get_ident())
         try:
             with torch.no_grad():
                 result = self._entry(model, *args, **kwargs)
-            answers = self._current.answers
+            reached = self._current.sites
         finally:
             self._current.handler = None
             self._running.discard(threading.get_ident())
-        expects_answers = any(
+        has_sites = any(
             site.decision == "sparse" for record in self.records for site in record.sites
         )
-        if self.mode == "handler" and expects_answers and not answers:
+        if self.mode == "handler" and has_sites and not reached:
             raise ModelStateError(
-                "no site was answered in this forward, though the model has some",
+                "this forward reached no site, though the model has some",
                 hint="Too many recompilations let PyTorch run the model uncompiled: see "
                 "torch._dynamo.config.recompile_limit, and call with fewer distinct forms.",
             )
@@ -258,9 +258,11 @@ class SiteRunner:
             pin_frame(graph_module)
         if self.mode == "discover":
             return result.graph_module.forward
-        return self._in_own_runs(result.graph_module, graph_module)
+        return self._in_own_runs(result.graph_module, graph_module, len(result.summaries))
 
-    def _in_own_runs(self, rewritten: GraphModule, plain: GraphModule) -> Callable[..., Any]:
+    def _in_own_runs(
+        self, rewritten: GraphModule, plain: GraphModule, sites: int
+    ) -> Callable[..., Any]:
         """Return a call of the rewritten graph, or of the plain one where this runs nothing.
 
         At its limit on recompiles Dynamo takes any graph whose guards hold, of whichever backend.
@@ -268,6 +270,7 @@ class SiteRunner:
 
         def run(*args: Any) -> Any:
             if self._running:
+                self._current.sites = getattr(self._current, "sites", 0) + sites
                 return rewritten.forward(*args)
             warnings.warn(_TAKEN_ELSEWHERE, DenseFallbackWarning, stacklevel=2)
             return plain.forward(*args)
@@ -278,5 +281,4 @@ class SiteRunner:
         handler = getattr(self._current, "handler", None)
         if handler is None:
             raise ModelStateError("a graph with a site handler ran outside of its runner")
-        self._current.answers += 1
         return handler

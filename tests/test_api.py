@@ -334,6 +334,14 @@ def test_calibrated_store_makes_no_gate_for_a_new_site(tmp_path):
     assert last == {"a": "sparse", "b": "sparse"}
 
 
+def test_a_batch_that_only_decodes_does_not_stop_calibration():
+    model = seer_compile.optimize(decoder(), inner="eager")
+    short = token_ids(1)
+    data = [*batches(3), short, *batches(2), short]
+    report = seer_compile.calibrate(model, data, config=QUICK, density=0.5, progress=False)
+    assert {site.name for site in report.sites} == set(SITES)
+
+
 def test_run_with_handler_sees_every_site_of_any_model():
     model, tokens, seen = decoder(), token_ids(90, batch=2), []
 
