@@ -217,12 +217,18 @@ def attach(model: nn.Module, config: GateConfig | None, options: BackendOptions)
     """Attach a store and a session to a model and compile its call.
 
     Raises:
-        ModelStateError: The model is optimized already, or uses one of the names.
+        ModelStateError: The model or a part of it is optimized already, or uses one of the names.
     """
     if find_session(model) is not None:
         raise ModelStateError(
             "the model is optimized already",
             hint="Call seer_compile.restore(model) first to change the configuration.",
+        )
+    parts = _optimized_parts(model)
+    if parts:
+        raise ModelStateError(
+            f"parts of {type(model).__name__} are optimized already: {list(parts)}",
+            hint="A part keeps gates and graphs of its own; restore it to optimize the whole.",
         )
     taken = [name for name in (STORE_NAME, _SESSION, _REPORT) if hasattr(model, name)]
     if taken:
@@ -268,17 +274,28 @@ def require_session(model: Any) -> Session:
     """Return the session of a model, looking through compile and data-parallel wrappers.
 
     Raises:
-        ModelStateError: The model is not optimized.
+        ModelStateError: The model is not optimized, or several of its parts are, each for itself.
     """
-    candidates = [model, *(model.modules() if isinstance(model, nn.Module) else ())]
-    for candidate in candidates:
-        session = find_session(candidate) if isinstance(candidate, nn.Module) else None
-        if session is not None:
-            return session
-    raise ModelStateError(
-        f"{type(model).__name__} is not optimized",
-        hint="Call seer_compile.optimize(model) first.",
-    )
+    parts = _optimized_parts(model) if isinstance(model, nn.Module) else {}
+    if "" in parts:
+        return parts[""]
+    if not parts:
+        raise ModelStateError(
+            f"{type(model).__name__} is not optimized",
+            hint="Call seer_compile.optimize(model) first.",
+        )
+    if len(parts) > 1:
+        raise ModelStateError(
+            f"{type(model).__name__} has several optimized parts: {list(parts)}",
+            hint="Name the part that is meant.",
+        )
+    return next(iter(parts.values()))
+
+
+def _optimized_parts(model: nn.Module) -> dict[str, Session]:
+    """Return the sessions of a model and of its parts, by name."""
+    found = ((name, find_session(part)) for name, part in model.named_modules())
+    return {name: session for name, session in found if session is not None}
 
 
 @contextlib.contextmanager

@@ -119,6 +119,20 @@ def test_optimize_refuses_a_model_that_uses_its_names():
         seer_compile.optimize(model)
 
 
+def test_parts_that_are_optimized_keep_to_themselves():
+    """A verb that took the first part it finds would leave the others as they were."""
+    first, second = optimized(), optimized(decoder(seed=1))
+    whole = nn.Sequential(first, nn.Identity())
+    with pytest.raises(ModelStateError, match=r"optimized already: \['0'\]"):
+        seer_compile.optimize(whole)
+    seer_compile.set_budget(whole, mass=0.3)
+    whole[1] = second
+    with pytest.raises(ModelStateError, match=r"several optimized parts: \['0', '1'\]"):
+        seer_compile.set_budget(whole, mass=0.5)
+    budgets = [gate.budget for _, gate in first.seer_gates.items()]
+    assert all(bool((budget == 0.3).all()) for budget in budgets)
+
+
 def test_optimize_that_fails_leaves_the_model_untouched(tmp_path):
     model = decoder()
     before = dict(vars(model))
