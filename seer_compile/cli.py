@@ -48,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     # Torch is loaded with the verbs, so that --help and a wrong flag answer at once.
     from seer_compile.cli_commands import VERBS
+    from seer_compile.console import check_outputs
 
     try:
+        check_outputs(vars(args))
         VERBS[args.verb](args)
     except SeerError as error:
         sys.stderr.write(f"seer-compile {args.verb}: {error}\n")
