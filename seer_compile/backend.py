@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,12 @@ from torch.fx import GraphModule
 
 from seer_compile.assumed_buffers import AssumedBuffers, guarded
 from seer_compile.config import GateConfig
-from seer_compile.errors import NothingOptimizedError, SeerInputError, SiteRejectedError
+from seer_compile.errors import (
+    DtypeError,
+    NothingOptimizedError,
+    SeerInputError,
+    SiteRejectedError,
+)
 from seer_compile.gate_store import GateStore
 from seer_compile.graph_log import GraphLog, GraphRecord, is_unexpected
 from seer_compile.inner import InnerCompiler, check_inner, compile_graph, inductor_mode
@@ -58,6 +63,20 @@ class BackendOptions:
     dump_passes: tuple[str, ...] = ()
     """Passes around which graphs are written to ``dump_directory``."""
     dump_directory: str | None = None
+
+
+def as_names(argument: str, given: Any) -> tuple[str, ...]:
+    """Return several names as a tuple.
+
+    Raises:
+        DtypeError: It is something else, or one text, whose letters would count as names.
+    """
+    names: tuple[Any, ...] = (None,)
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        names = tuple(given)
+    if not all(isinstance(name, str) for name in names):
+        raise DtypeError(argument=argument, got=given, expected="a tuple or list of texts")
+    return names
 
 
 CHANGED_BUFFER = (
@@ -250,7 +269,7 @@ def seer(
 
 def _bare_backend(given: Mapping[str, Any], mode: str | None) -> SeerBackend:
     fields: dict[str, Any] = {
-        name: tuple(value) if name in _TUPLE_OPTIONS else value
+        name: as_names(name, value) if name in _TUPLE_OPTIONS else value
         for name, value in given.items()
         if name not in ("gates", "config", "root")
     }

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from seer_compile.report import site_cells
-from seer_compile.session import device_of, evaluation_mode
+from seer_compile.session import check_module, device_of, evaluation_mode
 from seer_compile.site_runner import SiteRunner
 from seer_compile.table import render_table
 from seer_compile.types import SiteSummary
@@ -69,7 +69,9 @@ def explain(
 
     Raises:
         PassError: A pass failed on this model.
+        ModelStateError: PyTorch ran the forward uncompiled.
     """
+    check_module(model)
     runner = SiteRunner(model, "discover")
     with evaluation_mode(model), _same_random_numbers(model):
         runner.run(model, args, kwargs)

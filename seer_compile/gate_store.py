@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seer_compile.allocation import Allocation
 from seer_compile.budget_curve import check_fraction
 from seer_compile.budget_tables import budget_tables
-from seer_compile.config import GateConfig
+from seer_compile.config import GateConfig, check_type
 from seer_compile.config_json import config_from_json, config_to_json
 from seer_compile.errors import GateMismatchError, ModelStateError, SeerInputError
 from seer_compile.gate import AttnGate
@@ -50,7 +50,8 @@ class GateStore(nn.Module):
 
     def __init__(self, config: GateConfig | None = None, *, seed: int = 0) -> None:
         super().__init__()
-        self.config = config or GateConfig()
+        self.config = GateConfig() if config is None else config
+        check_type("config", self.config, GateConfig)
         self.seed = seed
         self.gates = nn.ModuleDict()
         self._names: dict[str, str] = {}

@@ -20,7 +20,7 @@ from torch import nn
 from seer_compile.backend import BackendOptions, SeerBackend
 from seer_compile.config import GateConfig
 from seer_compile.direct_forward import attach_forwards, detach_forwards
-from seer_compile.errors import ModelStateError
+from seer_compile.errors import DtypeError, ModelStateError
 from seer_compile.gate_store import GateStore
 from seer_compile.generation import attach_masks, detach_masks, entry_modules
 from seer_compile.graph_log import GraphLog
@@ -262,6 +262,12 @@ def detach(model: nn.Module) -> None:
     hooks = model._state_dict_hooks
     for key in [key for key, hook in hooks.items() if hook is leave_gates_out]:
         del hooks[key]
+
+
+def check_module(model: Any) -> None:
+    """Raise a DtypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise DtypeError(argument="model", got=type(model).__name__, expected="a torch.nn.Module")
 
 
 def find_session(model: nn.Module) -> Session | None:

@@ -10,6 +10,7 @@ import pickle
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.errors import (
     DenseFallbackWarning,
     DtypeError,
+    FeatureUnsupportedError,
     GateMismatchError,
     ModelStateError,
     NothingOptimizedError,
@@ -110,6 +112,40 @@ def test_optimize_refuses_what_is_no_module_and_what_is_optimized_already():
     model = optimized()
     with pytest.raises(ModelStateError, match="optimized already"):
         seer_compile.optimize(model)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config": {}},
+        {"config": CalibrationConfig()},
+        {"exclude": "layers.*"},
+        {"exclude": [1]},
+        {"exclude": 1},
+    ],
+)
+def test_optimize_refuses_arguments_of_other_types(options):
+    """One text for ``exclude`` would be a pattern per letter, and a lone ``*`` every site."""
+    model = decoder()
+    (argument,) = options
+    with pytest.raises(DtypeError, match=f"{argument}="):
+        seer_compile.optimize(model, **options)
+    assert "seer_gates" not in model._modules
+
+
+def test_other_verbs_refuse_arguments_of_other_types():
+    with pytest.raises(DtypeError, match="model='int'"):
+        seer_compile.explain(3)  # type: ignore[arg-type]
+    with pytest.raises(DtypeError, match="config="):
+        seer_compile.calibrate(optimized(), batches(4), config={"steps": 3})  # type: ignore[arg-type]
+
+
+def test_optimize_refuses_a_script_and_leaves_it_alone():
+    script = torch.jit.script(nn.Linear(2, 2))
+    before = set(script.__dict__)
+    with pytest.raises(FeatureUnsupportedError, match="TorchScript"):
+        seer_compile.optimize(script)
+    assert set(script.__dict__) == before
 
 
 def test_optimize_refuses_a_model_that_uses_its_names():
@@ -286,7 +322,10 @@ def test_calibrate_save_and_load_in_another_model(tmp_path):
     seer_compile.optimize(model, inner="eager")
     model.train()
     weights = copy.deepcopy(model.state_dict())
-    report = seer_compile.calibrate(model, batches(6), config=QUICK, density=0.6, progress=False)
+    density = np.float32(0.6)
+    report = seer_compile.calibrate(
+        model, batches(6), config=QUICK, density=density, progress=False
+    )
     assert {site.name for site in report.sites} == set(SITES)
     assert model.training, "calibration must leave the training flag"
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())

@@ -14,6 +14,7 @@ from seer_compile.budget_curve import BudgetCurve
 from seer_compile.config import Fraction, GateConfig, Threshold, TopK, TopP
 from seer_compile.config_json import config_from_json, config_to_json
 from seer_compile.errors import (
+    DtypeError,
     GateMismatchError,
     HeadConfigError,
     ModelStateError,
@@ -139,6 +140,22 @@ class TestUntrainedGate:
         assert torch.equal(gate.budget, fresh.budget)
         assert gate.curve is None
         assert not gate.is_trained
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"selector": "top_p"},
+            {"selector": TopP},
+            {"block_size": 64},
+            {"query_pools": "mean"},
+        ],
+    )
+    def test_fields_of_other_types_are_refused(self, fields):
+        (name,) = fields
+        with pytest.raises(DtypeError, match=f"{name}="):
+            GateConfig(**fields)
+        with pytest.raises(DtypeError, match=r"mass='0\.9'"):
+            TopP(mass="0.9")
 
     def test_sizes_are_checked(self):
         with pytest.raises(HeadConfigError, match="kv_heads=3"):
