@@ -194,10 +194,10 @@ class SeerBackend:
             self.log.add(GraphRecord(sites=(), seconds={}, error=text))
             return None
         if self.options.strict:
-            _reject_unexpected(result.summaries)
+            reject_unexpected(result.summaries)
         self.log.add(GraphRecord(sites=result.summaries, seconds=result.timings))
         if result.rewritten:
-            self._warn_if_uncalibrated()
+            warn_if_uncalibrated(self.store, self.log)
         return result
 
     def _gates(self) -> Any:
@@ -206,23 +206,26 @@ class SeerBackend:
         may_create = self.options.zero_shot or not self.store.is_calibrated
         return StoreGates(self.store, may_create=may_create)
 
-    def _warn_if_uncalibrated(self) -> None:
-        answers = any(int(gate.mode) for _, gate in self.store.items())
-        # Calibrated gates that are switched off are the caller's wish, and no surprise.
-        if not answers and not self.store.is_calibrated:
-            self.log.warn_once("", UNCALIBRATED)
+
+def warn_if_uncalibrated(store: GateStore, log: GraphLog) -> None:
+    """Warn once where no gate of a rewritten graph answers, as none was trained."""
+    answers = any(int(gate.mode) for _, gate in store.items())
+    # Calibrated gates that are switched off are the caller's wish, and no surprise.
+    if not answers and not store.is_calibrated:
+        log.warn_once("", UNCALIBRATED)
 
 
-def _reject_unexpected(sites: Sequence[SiteSummary]) -> None:
+def reject_unexpected(sites: Sequence[SiteSummary]) -> None:
+    """Raise where a site stays dense though nobody asked for it and sparsity could have paid."""
     dense = [site for site in sites if is_unexpected(site)]
     if not dense:
         return
     listed = "; ".join(f"{site.name}: {site.reason}" for site in dense)
-    error = NothingOptimizedError if len(dense) == len(sites) else SiteRejectedError
-    raise error(
-        f"{len(dense)} of {len(sites)} attention sites stay dense: {listed}",
-        hint="Pass strict=False to leave them dense, or exclude them by name.",
-    )
+    text = f"{len(dense)} of {len(sites)} attention sites stay dense: {listed}"
+    hint = "Pass strict=False to leave them dense, or exclude them by name."
+    if len(dense) == len(sites):
+        raise NothingOptimizedError(text, hint=hint)
+    raise SiteRejectedError(text, hint=hint)
 
 
 OPTION_NAMES = frozenset(
