@@ -138,6 +138,11 @@ def test_other_verbs_refuse_arguments_of_other_types():
         seer_compile.explain(3)  # type: ignore[arg-type]
     with pytest.raises(DtypeError, match="config="):
         seer_compile.calibrate(optimized(), batches(4), config={"steps": 3})  # type: ignore[arg-type]
+    with (
+        pytest.raises(DtypeError, match="config="),
+        seer_compile.distillation(optimized(), config={}),  # type: ignore[arg-type]
+    ):
+        pass
 
 
 def test_optimize_refuses_a_script_and_leaves_it_alone():
