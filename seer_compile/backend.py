@@ -143,7 +143,8 @@ class SeerBackend:
         )
         if not result.assumed:
             return compiled
-        return guarded(compiled, AssumedBuffers(result.assumed), self._as_it_came(graph_module))
+        buffers = AssumedBuffers(result.assumed, example_inputs)
+        return guarded(compiled, buffers, self._as_it_came(graph_module))
 
     __call__ = compile
 

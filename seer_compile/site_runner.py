@@ -21,6 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
+from seer_compile.assumed_buffers import AssumedBuffers, guarded
 from seer_compile.direct_forward import DirectForward, running
 from seer_compile.errors import DenseFallbackWarning, ModelStateError, SeerError
 from seer_compile.generation import is_decoding_step
@@ -94,6 +95,14 @@ class WeakBackend:
         owner = self._owner()
         if owner is not None:
             owner.note_uncompiled()
+
+
+def _changed_buffer(*_: Any) -> Any:
+    raise ModelStateError(
+        "a buffer that an attention mask is made of has other values than when the forward was "
+        "captured",
+        hint="Call seer_compile.restore(model) and optimize it again.",
+    )
 
 
 def _graphs_run() -> int:
@@ -258,11 +267,20 @@ class SiteRunner:
             pin_frame(graph_module)
         if self.mode == "discover":
             return result.graph_module.forward
-        return self._in_own_runs(result.graph_module, graph_module, len(result.summaries))
+        rewritten = self._counting_sites(result.graph_module, len(result.summaries))
+        if result.assumed:
+            buffers = AssumedBuffers(result.assumed, example_inputs)
+            rewritten = guarded(rewritten, buffers, _changed_buffer)
+        return self._in_own_runs(rewritten, graph_module)
 
-    def _in_own_runs(
-        self, rewritten: GraphModule, plain: GraphModule, sites: int
-    ) -> Callable[..., Any]:
+    def _counting_sites(self, rewritten: GraphModule, sites: int) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self._current.sites = getattr(self._current, "sites", 0) + sites
+            return rewritten.forward(*args)
+
+        return run
+
+    def _in_own_runs(self, rewritten: Callable[..., Any], plain: GraphModule) -> Callable[..., Any]:
         """Return a call of the rewritten graph, or of the plain one where this runs nothing.
 
         At its limit on recompiles Dynamo takes any graph whose guards hold, of whichever backend.
@@ -270,8 +288,7 @@ class SiteRunner:
 
         def run(*args: Any) -> Any:
             if self._running:
-                self._current.sites = getattr(self._current, "sites", 0) + sites
-                return rewritten.forward(*args)
+                return rewritten(*args)
             warnings.warn(_TAKEN_ELSEWHERE, DenseFallbackWarning, stacklevel=2)
             return plain.forward(*args)
 

@@ -28,7 +28,7 @@ from seer_compile.errors import (
     SeerInputError,
     SiteRejectedError,
 )
-from support.models import Attention, architecture, decoder, token_ids
+from support.models import Attention, Triangle, architecture, decoder, token_ids
 from support.rewriting import answer_sparsely
 from support.state import assert_global_state_unchanged
 
@@ -532,8 +532,6 @@ def test_surrounding_compile_does_not_trace_through():
 
 @torch.no_grad()
 def test_a_changed_mask_buffer_sends_the_graph_back_to_dense():
-    from support.models import Triangle
-
     torch.manual_seed(0)
     model, x = Triangle().eval(), torch.randn(1, 100, 32)
     seer_compile.optimize(model, zero_shot=True, example=x, inner="eager")
@@ -548,6 +546,62 @@ def test_a_changed_mask_buffer_sends_the_graph_back_to_dense():
     with pytest.warns(DenseFallbackWarning, match="other values"):
         assert torch.allclose(model(x), Triangle.forward(model, x), atol=1e-6)
     assert model.seer_report().calls == {"<root>": {"sparse": 2}}
+
+
+def replace_by_attribute(model, mask):
+    model.bias = mask
+    return model(model.x)
+
+
+def replace_by_loading(model, mask):
+    model.load_state_dict(model.state_dict() | {"bias": mask}, assign=True)
+    answer_sparsely(model.seer_gates)
+    return model(model.x)
+
+
+def replace_storage(model, mask):
+    model.bias.data = mask
+    return model(model.x)
+
+
+def replace_for_one_call(model, mask):
+    return torch.func.functional_call(model, {"bias": mask}, (model.x,))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "way", [replace_by_attribute, replace_by_loading, replace_storage, replace_for_one_call]
+)
+def test_a_mask_buffer_in_place_of_another_is_compared(way):
+    torch.manual_seed(0)
+    model = Triangle().eval()
+    model.x = torch.randn(1, 100, 32)
+    seer_compile.optimize(model, zero_shot=True, example=model.x, inner="eager")
+    answer_sparsely(model.seer_gates)
+    seer_compile.set_budget(model, mass=1.0)
+    before = way(model, model.bias.clone())  # equal values: no warning
+    assert torch.allclose(before, Triangle.forward(model, model.x), atol=1e-5)
+    window = model.bias.triu(-20)
+    with pytest.warns(DenseFallbackWarning, match="other values"):
+        got = way(model, window)
+    model.bias = window
+    assert torch.allclose(got, Triangle.forward(model, model.x), atol=1e-6)
+    assert not torch.allclose(got, before, atol=1e-2)
+
+
+def test_calibration_does_not_run_on_with_a_mask_of_other_values():
+    model, x = Triangle().eval(), torch.randn(1, 100, 32)
+    seer_compile.optimize(model, example=x, inner="eager")
+    model.bias.fill_(1.0)
+    with pytest.raises(ModelStateError, match="other values"):
+        seer_compile.calibrate(model, [x] * 4, config=QUICK, progress=False)
+
+
+def test_a_mask_buffer_made_in_inference_mode_proves_nothing():
+    with torch.inference_mode():
+        model, x = Triangle().eval(), torch.randn(1, 100, 32)
+        (site,) = seer_compile.explain(model, x).sites
+    assert (site.decision, site.visibility) == ("dense", "opaque")
 
 
 @pytest.mark.parametrize("zero_shot", [False, True])
