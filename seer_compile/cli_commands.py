@@ -17,6 +17,7 @@ from seer_compile.calibration.storage import describe_gates
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.console import (
     Progress,
+    check_number,
     evaluation_text,
     versions,
     versions_line,
@@ -24,7 +25,7 @@ from seer_compile.console import (
     write_out,
 )
 from seer_compile.demo import run_demo
-from seer_compile.errors import RangeError, SeerInputError
+from seer_compile.errors import SeerInputError
 from seer_compile.evaluate import EvaluationRow, Evaluator
 from seer_compile.evaluation_methods import Method, parse_method
 from seer_compile.explaining import explain
@@ -50,7 +51,7 @@ _CURVE_WINDOWS = 4
 
 def run_explain(args: Namespace) -> None:
     """Print which attention sites of a model can be sparse."""
-    _check_length("length", args.length, 1, None)
+    check_number("length", args.length, 1)
     device = choose_device(args.device)
     model = load_model(args.model, device=device, dtype=args.dtype)
     explanation = explain(model, draw=args.draw, **_example(model, args.length, device))
@@ -148,8 +149,8 @@ def run_export(args: Namespace) -> None:
     longest = args.max_length
     if longest is None:
         longest = getattr(model.config, "max_position_embeddings", None)
-    _check_length("max_length", longest, 2, None)
-    _check_length("length", args.length, 2, longest)
+    check_number("max_length", longest, 2)
+    check_number("length", args.length, 2, longest)
     example = {**_example(model, args.length, device), **_FORWARD}
     length = torch.export.Dim("tokens", min=2, max=longest)
     shapes = {name: {1: length} if isinstance(example[name], Tensor) else None for name in example}
@@ -347,12 +348,6 @@ def _example(model: nn.Module, length: int, device: torch.device) -> dict[str, A
         expected="a model of token ids or of images",
         hint="Call seer_compile.explain(model, ...) with inputs of your own.",
     )
-
-
-def _check_length(name: str, tokens: int | None, least: int, most: int | None) -> None:
-    if tokens is not None and not least <= tokens <= (tokens if most is None else most):
-        expected = f">= {least}" if most is None else f"{least} to {most}"
-        raise RangeError(argument=name, got=tokens, expected=expected)
 
 
 def _plain(value: Any) -> Any:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from seer_compile.errors import SeerInputError
+from seer_compile.errors import RangeError, SeerInputError
 from seer_compile.evaluate import EvaluationRow
 from seer_compile.table import render_table
 
@@ -88,6 +88,13 @@ def check_outputs(arguments: Mapping[str, Any]) -> None:
             raise SeerInputError(
                 argument=name, got=str(path), expected="a path that can be written"
             )
+
+
+def check_number(name: str, value: int | None, least: int, most: int | None = None) -> None:
+    """Raise a RangeError for an argument outside its range; None is none."""
+    if value is not None and not least <= value <= (value if most is None else most):
+        expected = f">= {least}" if most is None else f"{least} to {most}"
+        raise RangeError(argument=name, got=value, expected=expected)
 
 
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:

@@ -97,6 +97,9 @@ def test_wrong_input_ends_with_code_2_and_says_what(extra, message, tiny, capsys
             "calibrate --model {model} --tokens {tokens} --calibration-length 64 --learning-rate 0",
             "learning_rate=0.0; expected > 0",
         ),
+        ("demo --length 0", "length=0; expected >= 2"),
+        ("demo --steps 0", "steps=0; expected >= 1"),
+        ("demo --densities 0.5 1.5", "densities=1.5"),
     ],
 )
 def test_numbers_out_of_range_are_refused_and_not_replaced(
@@ -105,6 +108,14 @@ def test_numbers_out_of_range_are_refused_and_not_replaced(
     monkeypatch.chdir(tmp_path)
     assert run(line, tiny) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "evaluate", "demo"])
+def test_a_negative_seed_is_refused(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--seed", "-1", "--model", "m", "--tokens", "t"])
+    assert stop.value.code == 2
+    assert "--seed: -1; expected >= 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
