@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from seer_compile.report import site_cells
-from seer_compile.session import check_module, device_of, evaluation_mode
+from seer_compile.session import check_module, device_of, evaluation_mode, find_session
 from seer_compile.site_runner import SiteRunner
 from seer_compile.table import render_table
 from seer_compile.types import SiteSummary
@@ -72,7 +72,8 @@ def explain(
         ModelStateError: PyTorch ran the forward uncompiled.
     """
     check_module(model)
-    runner = SiteRunner(model, "discover")
+    session = find_session(model)
+    runner = SiteRunner(model, "discover", session.options.exclude if session else ())
     with evaluation_mode(model), _same_random_numbers(model):
         runner.run(model, args, kwargs)
     if draw is not None:

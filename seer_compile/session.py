@@ -121,7 +121,7 @@ class Session:
     def runner(self) -> SiteRunner:
         """Return what runs the model with handlers; its graphs are kept."""
         if self._runner is None:
-            self._runner = SiteRunner(self.model, "handler")
+            self._runner = SiteRunner(self.model, "handler", self.options.exclude)
         return self._runner
 
     @contextlib.contextmanager

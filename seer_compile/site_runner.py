@@ -191,10 +191,11 @@ class SiteRunner:
     Args:
         model: The model; not held by the runner.
         mode: ``handler`` or ``discover``: what the pipeline does to the graphs.
+        exclude: Shell patterns of site names that stay as they are.
     """
 
-    def __init__(self, model: nn.Module, mode: str) -> None:
-        self.mode = mode
+    def __init__(self, model: nn.Module, mode: str, exclude: tuple[str, ...] = ()) -> None:
+        self.mode, self.exclude = mode, exclude
         self.records: list[GraphRecord] = []
         self.results: list[Any] = []
         """What the pipeline returned per graph; kept in mode ``discover`` only."""
@@ -259,6 +260,7 @@ class SiteRunner:
             mode=pipeline.Mode(self.mode),
             handler=self._answerer,
             example_inputs=example_inputs,
+            options=pipeline.PipelineOptions(exclude=self.exclude),
         )
         self.records.append(GraphRecord(sites=result.summaries, seconds=result.timings))
         if self.mode == "discover":

@@ -229,6 +229,17 @@ def test_excluded_sites_stay_dense():
 
 
 @torch.no_grad()
+def test_excluded_sites_are_not_calibrated_and_take_no_share_of_a_density():
+    model = seer_compile.optimize(decoder(), exclude=("layers.1",), inner="eager")
+    data = batches(4, length=512)
+    report = seer_compile.calibrate(model, data, config=QUICK, density=0.6, progress=False)
+    (site,) = report.sites
+    assert site.name == "layers.0"
+    assert abs(site.density - 0.6) < 0.08
+    decisions = [site.decision for site in seer_compile.explain(model, data[0]).sites]
+    assert decisions == ["sparse", "dense"]
+
+
 def test_failing_pass_leaves_the_graph_as_it_came(monkeypatch):
     from seer_compile.passes import pipeline
 
