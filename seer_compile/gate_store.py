@@ -58,6 +58,7 @@ class GateStore(nn.Module):
         self._is_sparse = False
         self._at_any_size = False
         self._untrained_may_answer = False
+        self._budget_without_curve: float | None = None
         self._absent_prefix: str | None = None
         self._lock = threading.RLock()
         self.register_buffer("metadata", torch.empty(0, dtype=torch.uint8, device="cpu"))
@@ -138,6 +139,8 @@ class GateStore(nn.Module):
                         seed=self.seed + zlib.crc32(name.encode()),
                         device=device,
                     )
+                    if self._budget_without_curve is not None:
+                        gate.budget.fill_(self._budget_without_curve)
                     self._add(name, gate)
                     self.write_metadata()
             sizes = (gate.heads, gate.kv_heads, gate.head_dim)
@@ -228,6 +231,9 @@ class GateStore(nn.Module):
                     gate.budget.copy_(torch.tensor(table, dtype=torch.float64, device="cpu"))
                     if int(gate.mode) in (MODE_AUTO, MODE_FULL_BUDGET):
                         gate.mode.fill_(_auto_mode(gate))
+            # Untrained gates that are made later answer beside these, so at the same budget.
+            is_measured = any(gate.curve is not None for _, gate in self.items())
+            self._budget_without_curve = None if is_measured else float(value)
             self.write_metadata()
 
     def write_metadata(self) -> None:
@@ -268,6 +274,7 @@ class GateStore(nn.Module):
                 # A graph may still hold a gate that is dropped here: it must answer densely.
                 gate.mode.fill_(0)
             self.config, self.seed = config, seed
+            self._budget_without_curve = None
             self._names.clear()
             self.gates.clear()
             for entry, gate in zip(entries, gates, strict=True):

@@ -438,6 +438,14 @@ class TestStore:
         assert torch.equal(gate.budget, torch.ones_like(gate.budget))
         assert gate.budget.data_ptr() == address
 
+    def test_a_gate_that_is_made_later_has_the_budget_of_the_others(self):
+        store = GateStore(SMALL)
+        store.get_or_create("a", heads=2, kv_heads=1, head_dim=8)
+        store.set_budget(mass=0.3)
+        for twin in (store, pickle.loads(pickle.dumps(store))):
+            late = twin.get_or_create("b", heads=2, kv_heads=1, head_dim=8)
+            assert bool((late.budget == 0.3).all())
+
     def test_full_budget_is_answered_densely_until_the_budget_falls(self):
         store = GateStore(SMALL)
         store.set_mode(True)
