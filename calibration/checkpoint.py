@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -116,9 +117,13 @@ def check_identity(checkpoint: Checkpoint, identity: Mapping[str, Any]) -> None:
 def _difference(name: str, theirs: Any, ours: Any) -> str:
     if isinstance(theirs, dict) and isinstance(ours, dict):
         keys = [key for key in sorted({*theirs, *ours}) if theirs.get(key) != ours.get(key)]
-        pairs = (f"{key} {theirs.get(key)!r} -> {ours.get(key)!r}" for key in keys[:5])
+        pairs = (f"{key} {_short(theirs.get(key))} -> {_short(ours.get(key))}" for key in keys[:5])
         return f"{name} ({', '.join(pairs)})"
-    return f"{name} {theirs!r} -> {ours!r}"
+    return f"{name} {_short(theirs)} -> {_short(ours)}"
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 80, placeholder=" ...")
 
 
 def _decode(data: bytes, path: Path) -> Checkpoint:

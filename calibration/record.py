@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from seer_compile.errors import CalibrationDataError, ResumeMismatchError
+from seer_compile.errors import CalibrationDataError, ResumeMismatchError, SeerWarning
 from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SiteHandler, SiteInputs
@@ -20,6 +21,13 @@ Run = Callable[[Any, SiteHandler], Any]
 """One forward of the frozen model on one batch, every provable site answered by the handler.
 
 Returns what the model returns."""
+
+_END = object()
+_OTHER_ORDER = (
+    "the data comes in another order each time, so gates train on batches that are held out to "
+    "measure budgets, which will look better than they are. Pass batches in a fixed order: a "
+    "DataLoader without shuffle, or a list."
+)
 
 
 def split_batch(
@@ -71,6 +79,11 @@ def batch_digest(batch: Any) -> str:
     return digest.hexdigest()
 
 
+def _digest(batches: Iterable[Any]) -> str:
+    digests = "".join(batch_digest(batch) for batch in batches)
+    return hashlib.sha256(digests.encode()).hexdigest()
+
+
 class BatchStream:
     """Splits data into held-out and training batches, repeats it, and can be put to a position.
 
@@ -82,12 +95,17 @@ class BatchStream:
         holdout: Batches to hold out; a quarter where the data has fewer than four times as many.
 
     Raises:
-        CalibrationDataError: There are fewer than two batches.
+        CalibrationDataError: It is no iterable, or there are fewer than two batches.
     """
 
     def __init__(self, data: Iterable[Any], *, holdout: int) -> None:
         self._data = data
-        iterator = iter(data)
+        try:
+            iterator = iter(data)
+        except TypeError as cause:
+            raise CalibrationDataError(
+                argument="data", got=type(data).__name__, expected="an iterable of batches"
+            ) from cause
         self._can_repeat = iterator is not data
         head = list(itertools.islice(iterator, 4 * holdout))
         if len(head) < 2:
@@ -99,9 +117,9 @@ class BatchStream:
             )
         count = holdout if len(head) == 4 * holdout else max(1, len(head) // 4)
         self.holdout: tuple[Any, ...] = tuple(head[:count])
-        self._skip = count
         self._source = itertools.chain(head[count:], iterator)
         self._history = hashlib.sha256()
+        self._warned = False
         self.position = 0
 
     @property
@@ -111,22 +129,34 @@ class BatchStream:
 
     def holdout_digest(self) -> str:
         """Return a digest of the held-out batches, which tells one data set from another."""
-        digests = "".join(batch_digest(batch) for batch in self.holdout)
-        return hashlib.sha256(digests.encode()).hexdigest()
+        return _digest(self.holdout)
 
     def __iter__(self) -> Iterator[Any]:
         return self
 
     def __next__(self) -> Any:
-        batch = next(self._source, None)
-        if batch is None and self._can_repeat:
-            self._source = itertools.islice(self._data, self._skip, None)
-            batch = next(self._source, None)
-        if batch is None:
+        batch = next(self._source, _END)
+        if batch is _END and self._can_repeat:
+            self._source = self._again()
+            batch = next(self._source, _END)
+        if batch is _END:
             raise StopIteration
         self._history.update(batch_digest(batch).encode())
         self.position += 1
         return batch
+
+    def _again(self) -> Iterator[Any]:
+        """Return the training batches anew, behind those that are held out.
+
+        Warns:
+            SeerWarning: The first time that other batches than at first come in their place.
+        """
+        iterator = iter(self._data)
+        first = tuple(itertools.islice(iterator, len(self.holdout)))
+        if not self._warned and _digest(first) != self.holdout_digest():
+            self._warned = True
+            warnings.warn(_OTHER_ORDER, SeerWarning, stacklevel=2)
+        return iterator
 
     def seek(self, cursor: Mapping[str, Any]) -> None:
         """Take batches until the stream is where a cursor was.

@@ -30,7 +30,7 @@ from seer_compile.calibration.report import CalibrationReport, build_report
 from seer_compile.calibration.search import search_shares
 from seer_compile.calibration.sensitivity import measure_sensitivity
 from seer_compile.calibration.site_trainer import GateTrainer, no_site
-from seer_compile.config import CalibrationConfig
+from seer_compile.config import CalibrationConfig, check_type
 from seer_compile.config_json import config_to_json
 from seer_compile.errors import ResumeMismatchError, SeerInputError
 from seer_compile.gate import AttnGate
@@ -98,14 +98,15 @@ def fit(
 
     Raises:
         SeerInputError: More than one target, or one out of range.
-        CalibrationDataError: Too little data, or a batch that reaches no site.
+        CalibrationDataError: Too little data, or no held-out batch reaches a site.
         NonFiniteLossError: A loss or gradient is NaN or infinite; before that step's update.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written.
         NotConvergedError: No budget keeps the error of some site within ``max_error``, or no
             density is fast enough.
     """
-    config = config or CalibrationConfig()
+    config = CalibrationConfig() if config is None else config
+    check_type("config", config, CalibrationConfig)
     targets = _checked_targets(Targets(density, mass, max_error, latency))
     stream = BatchStream(data, holdout=config.holdout_batches)
     with _unchanged_on_error(store):
@@ -168,7 +169,8 @@ def _checked_targets(targets: Targets) -> Targets:
         )
     for name, value in given.items():
         check_fraction(name, value)
-    return targets if given else Targets(mass=DEFAULT_MASS)
+    given = {name: float(value) for name, value in given.items()}
+    return Targets(**given) if given else Targets(mass=DEFAULT_MASS)
 
 
 class _Session:

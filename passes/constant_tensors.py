@@ -52,19 +52,22 @@ def module_constants(
         Real tensors by node. A proof that used a buffer holds while the buffer keeps its value.
     """
     found = literal_tensors(graph_module)
+    graph = graph_module.graph
     buffers = {id(buffer) for buffer in root.buffers()} if root is not None else set[int]()
     names = {name for name, _ in graph_module.named_buffers()}
-    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
-    for node, value in zip(placeholders, example_inputs, strict=False):
-        is_buffer = id(value) in buffers if root is not None else _is_from_buffer(node)
+    held: list[tuple[Node, Any]] = [
+        (node, _attribute(graph_module, str(node.target)))
+        for node in graph.find_nodes(op="get_attr")
+        if node.target in names
+    ]
+    for node, value in zip(graph.find_nodes(op="placeholder"), example_inputs, strict=False):
+        if id(value) in buffers if root is not None else _is_from_buffer(node):
+            held.append((node, value))
+    for node, value in held:
         tensor = _real(value)
-        if is_buffer and tensor is not None:
+        # What was made in inference mode counts no writes: nobody would notice a new value.
+        if tensor is not None and not tensor.is_inference():
             found[node] = tensor
-    for node in graph_module.graph.nodes:
-        if node.op == "get_attr" and node.target in names:
-            tensor = _real(_attribute(graph_module, str(node.target)))
-            if tensor is not None:
-                found[node] = tensor
     return found
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,6 +16,11 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+
+import seer_compile.types
+
+# Dynamo leaves the frames of PyTorch's own layers out: below them, our call of the model is last.
+_OWN_FRAME = f'File "{Path(seer_compile.types.__file__).parent}{os.sep}'
 
 
 def fake_value(value: Any) -> Any:
@@ -56,7 +63,11 @@ def tensor_shape(value: Any) -> tuple[Any, ...] | None:
 def source_frames(node: Node) -> list[str]:
     """Return the last user frame of a node's stack trace: where, and the code; empty if unknown."""
     frames = [line.strip() for line in (node.meta.get("stack_trace") or "").splitlines()]
-    places = [place for place, line in enumerate(frames) if line.startswith("File ")]
+    places = [
+        place
+        for place, line in enumerate(frames)
+        if line.startswith("File ") and not line.startswith(_OWN_FRAME)
+    ]
     return frames[places[-1] : places[-1] + 2] if places else []
 
 

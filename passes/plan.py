@@ -44,10 +44,13 @@ def plan(
         gates: Where gates come from; None asks for no gate.
         exclude: Shell patterns of site names that stay dense.
     """
-    decisions = (
-        SiteDecision(site=site, proof=proof, reason=_first_reason(site, proof, gates, exclude))
-        for site, proof in zip(sites, proofs, strict=True)
-    )
+    decisions: list[SiteDecision] = []
+    for site, proof in zip(sites, proofs, strict=True):
+        reason = _first_reason(site, proof, gates, exclude)
+        clashes = (_clash(site, other.site) for other in decisions if other.is_sparse)
+        if reason is None and any(clashes):
+            reason = SkipReason(SkipCode.NO_GATE, _sizes(site))
+        decisions.append(SiteDecision(site=site, proof=proof, reason=reason))
     return RewritePlan(decisions=tuple(decisions))
 
 
@@ -80,9 +83,17 @@ def _first_reason(
     if proof.visibility is None:
         return proof.reason or SkipReason(SkipCode.OPAQUE_MASK)
     if gates is not None and not gates.has_gate_for(site):
-        sizes = f"{site.heads} heads, {site.kv_heads} key heads, head dim {site.head_dim}"
-        return SkipReason(SkipCode.NO_GATE, sizes)
+        return SkipReason(SkipCode.NO_GATE, _sizes(site))
     return None
+
+
+def _clash(site: AttentionSite, other: AttentionSite) -> bool:
+    """Whether two sites ask for one gate of two sizes: a shared module split heads otherwise."""
+    return site.name == other.name and _sizes(site) != _sizes(other)
+
+
+def _sizes(site: AttentionSite) -> str:
+    return f"{site.heads} heads, {site.kv_heads} key heads, head dim {site.head_dim}"
 
 
 def _check_form(site: AttentionSite) -> SkipReason | None:

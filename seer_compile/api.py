@@ -6,15 +6,17 @@ import os
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from seer_compile.allocation import Allocation
-from seer_compile.backend import BackendOptions
+from seer_compile.backend import BackendOptions, as_names
 from seer_compile.config import CalibrationConfig, GateConfig
-from seer_compile.errors import DtypeError, NothingOptimizedError
+from seer_compile.errors import FeatureUnsupportedError, NothingOptimizedError
 from seer_compile.inner import InnerCompiler
 from seer_compile.session import (
     attach,
+    check_module,
     detach,
     device_of,
     evaluation_mode,
@@ -66,17 +68,22 @@ def optimize(
         The same object.
 
     Raises:
-        ModelStateError: The model is optimized already.
+        DtypeError: An argument has the wrong type.
+        FeatureUnsupportedError: The model is a TorchScript module.
+        ModelStateError: The model, or a part of it, is optimized already.
         NothingOptimizedError: In strict mode with an example: no site can be sparse.
         GateFileError: The gate file does not fit.
 
     Cost:
         None here without ``example``; capture and compilation happen in the first call.
     """
-    if not isinstance(model, nn.Module):
-        raise DtypeError(argument="model", got=type(model).__name__, expected="a torch.nn.Module")
+    check_module(model)
+    if isinstance(model, torch.jit.ScriptModule):
+        raise FeatureUnsupportedError(
+            "a TorchScript module cannot be captured", hint="Optimize the module it was made from."
+        )
     options = BackendOptions(
-        inner=inner, strict=strict, zero_shot=zero_shot, exclude=tuple(exclude)
+        inner=inner, strict=strict, zero_shot=zero_shot, exclude=as_names("exclude", exclude)
     )
     session = attach(model, config, options)
     try:
@@ -204,7 +211,8 @@ def set_budget(
 
     Raises:
         SeerInputError: Not exactly one target is given, or it is out of range.
-        ModelStateError: The model is not optimized, or has no curve that translates the target.
+        ModelStateError: The model is not optimized, has no gates yet, or no curve that translates
+            the target.
     """
     from seer_compile.exporting import exported_store
 

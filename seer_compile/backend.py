@@ -10,7 +10,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,12 @@ from torch.fx import GraphModule
 
 from seer_compile.assumed_buffers import AssumedBuffers, guarded
 from seer_compile.config import GateConfig
-from seer_compile.errors import NothingOptimizedError, SeerInputError, SiteRejectedError
+from seer_compile.errors import (
+    DtypeError,
+    NothingOptimizedError,
+    SeerInputError,
+    SiteRejectedError,
+)
 from seer_compile.gate_store import GateStore
 from seer_compile.graph_log import GraphLog, GraphRecord, is_unexpected
 from seer_compile.inner import InnerCompiler, check_inner, compile_graph, inductor_mode
@@ -34,6 +39,12 @@ UNCALIBRATED = (
     "the gates are not calibrated, so every site is answered densely. Call "
     "seer_compile.calibrate or seer_compile.load_gates, or pass zero_shot=True to let untrained "
     "gates answer."
+)
+
+UNCOMPILED = (
+    "PyTorch ran a whole call uncompiled, with dense attention. It does so in torch.func "
+    "transforms, under torch.compiler.set_stance and TORCHDYNAMO_DISABLE, and at "
+    "torch._dynamo.config.recompile_limit."
 )
 
 
@@ -52,6 +63,20 @@ class BackendOptions:
     dump_passes: tuple[str, ...] = ()
     """Passes around which graphs are written to ``dump_directory``."""
     dump_directory: str | None = None
+
+
+def as_names(argument: str, given: Any) -> tuple[str, ...]:
+    """Return several names as a tuple.
+
+    Raises:
+        DtypeError: It is something else, or one text, whose letters would count as names.
+    """
+    names: tuple[Any, ...] = (None,)
+    if isinstance(given, Iterable) and not isinstance(given, str):
+        names = tuple(given)
+    if not all(isinstance(name, str) for name in names):
+        raise DtypeError(argument=argument, got=given, expected="a tuple or list of texts")
+    return names
 
 
 CHANGED_BUFFER = (
@@ -118,9 +143,19 @@ class SeerBackend:
         )
         if not result.assumed:
             return compiled
-        return guarded(compiled, AssumedBuffers(result.assumed), self._as_it_came(graph_module))
+        buffers = AssumedBuffers(result.assumed, example_inputs)
+        return guarded(compiled, buffers, self._as_it_came(graph_module))
 
     __call__ = compile
+
+    def note_uncompiled(self) -> None:
+        """Count a call that went past all graphs.
+
+        Warns:
+            DenseFallbackWarning: The first time.
+        """
+        self.log.uncompiled_calls += 1
+        self.log.warn_once("", UNCOMPILED)
 
     def _as_it_came(self, graph_module: GraphModule) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -160,10 +195,10 @@ class SeerBackend:
             self.log.add(GraphRecord(sites=(), seconds={}, error=text))
             return None
         if self.options.strict:
-            _reject_unexpected(result.summaries)
+            reject_unexpected(result.summaries)
         self.log.add(GraphRecord(sites=result.summaries, seconds=result.timings))
         if result.rewritten:
-            self._warn_if_uncalibrated()
+            warn_if_uncalibrated(self.store, self.log)
         return result
 
     def _gates(self) -> Any:
@@ -172,23 +207,26 @@ class SeerBackend:
         may_create = self.options.zero_shot or not self.store.is_calibrated
         return StoreGates(self.store, may_create=may_create)
 
-    def _warn_if_uncalibrated(self) -> None:
-        answers = any(int(gate.mode) for _, gate in self.store.items())
-        # Calibrated gates that are switched off are the caller's wish, and no surprise.
-        if not answers and not self.store.is_calibrated:
-            self.log.warn_once("", UNCALIBRATED)
+
+def warn_if_uncalibrated(store: GateStore, log: GraphLog) -> None:
+    """Warn once where no gate of a rewritten graph answers, as none was trained."""
+    answers = any(int(gate.mode) for _, gate in store.items())
+    # Calibrated gates that are switched off are the caller's wish, and no surprise.
+    if not answers and not store.is_calibrated:
+        log.warn_once("", UNCALIBRATED)
 
 
-def _reject_unexpected(sites: Sequence[SiteSummary]) -> None:
+def reject_unexpected(sites: Sequence[SiteSummary]) -> None:
+    """Raise where a site stays dense though nobody asked for it and sparsity could have paid."""
     dense = [site for site in sites if is_unexpected(site)]
     if not dense:
         return
     listed = "; ".join(f"{site.name}: {site.reason}" for site in dense)
-    error = NothingOptimizedError if len(dense) == len(sites) else SiteRejectedError
-    raise error(
-        f"{len(dense)} of {len(sites)} attention sites stay dense: {listed}",
-        hint="Pass strict=False to leave them dense, or exclude them by name.",
-    )
+    text = f"{len(dense)} of {len(sites)} attention sites stay dense: {listed}"
+    hint = "Pass strict=False to leave them dense, or exclude them by name."
+    if len(dense) == len(sites):
+        raise NothingOptimizedError(text, hint=hint)
+    raise SiteRejectedError(text, hint=hint)
 
 
 OPTION_NAMES = frozenset(
@@ -235,7 +273,7 @@ def seer(
 
 def _bare_backend(given: Mapping[str, Any], mode: str | None) -> SeerBackend:
     fields: dict[str, Any] = {
-        name: tuple(value) if name in _TUPLE_OPTIONS else value
+        name: as_names(name, value) if name in _TUPLE_OPTIONS else value
         for name, value in given.items()
         if name not in ("gates", "config", "root")
     }

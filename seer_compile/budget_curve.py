@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -211,7 +212,7 @@ def check_reachable(curves: Mapping[str, BudgetCurve], max_error: float) -> None
 
 def check_fraction(argument: str, value: float) -> None:
     """Raise unless a value is a number in (0, 1]."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= 1:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise RangeError(argument=argument, got=value, expected="a number in (0, 1]")
 
 

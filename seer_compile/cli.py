@@ -48,8 +48,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     # Torch is loaded with the verbs, so that --help and a wrong flag answer at once.
     from seer_compile.cli_commands import VERBS
+    from seer_compile.console import check_outputs
 
     try:
+        check_outputs(vars(args))
         VERBS[args.verb](args)
     except SeerError as error:
         sys.stderr.write(f"seer-compile {args.verb}: {error}\n")
@@ -58,6 +60,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         sys.stderr.write("interrupted\n")
         return EXIT_INTERRUPTED
     return 0
+
+
+def _seed(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise argparse.ArgumentTypeError(f"{number}; expected >= 0")
+    return number
 
 
 def _add_common(parser: argparse.ArgumentParser, *, device: str = "auto") -> None:
@@ -84,7 +93,7 @@ def _add_training(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--learning-rate", type=float, help="peak; the default when left out")
     parser.add_argument("--gate-config", default="default", choices=("default", "paper"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
 
 
 def _add_explain(parser: argparse.ArgumentParser) -> None:
@@ -166,7 +175,7 @@ def _add_demo(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--steps", type=int, default=40, help="training steps (%(default)s)")
     parser.add_argument("--sequences", type=int, default=3, help="windows to measure on")
     parser.add_argument("--report", type=Path, default=Path("report.html"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=_seed, default=0)
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the result as JSON too")
 
 

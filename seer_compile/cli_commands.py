@@ -13,9 +13,11 @@ from torch import Tensor, nn
 
 from seer_compile.api import calibrate, optimize, restore, save_gates
 from seer_compile.budget_curve import check_fraction
+from seer_compile.calibration.storage import describe_gates
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.console import (
     Progress,
+    check_number,
     evaluation_text,
     versions,
     versions_line,
@@ -49,6 +51,7 @@ _CURVE_WINDOWS = 4
 
 def run_explain(args: Namespace) -> None:
     """Print which attention sites of a model can be sparse."""
+    check_number("length", args.length, 1)
     device = choose_device(args.device)
     model = load_model(args.model, device=device, dtype=args.dtype)
     explanation = explain(model, draw=args.draw, **_example(model, args.length, device))
@@ -143,7 +146,11 @@ def run_export(args: Namespace) -> None:
     notify = Progress()
     device = choose_device(args.device)
     model = load_model(args.model, device=device, dtype=args.dtype)
-    longest = args.max_length or getattr(model.config, "max_position_embeddings", None)
+    longest = args.max_length
+    if longest is None:
+        longest = getattr(model.config, "max_position_embeddings", None)
+    check_number("max_length", longest, 2)
+    check_number("length", args.length, 2, longest)
     example = {**_example(model, args.length, device), **_FORWARD}
     length = torch.export.Dim("tokens", min=2, max=longest)
     shapes = {name: {1: length} if isinstance(example[name], Tensor) else None for name in example}
@@ -217,6 +224,8 @@ def _check_gates_available(methods: Sequence[Method], args: Namespace) -> None:
             got="paper_gate",
             expected="--calibrate FILE, since this method trains gates of its own",
         )
+    if bases and args.gates:
+        describe_gates(args.gates)
 
 
 def _prepare_gates(
@@ -308,11 +317,11 @@ def _gate_config(kind: str) -> GateConfig:
 
 
 def _training_config(args: Namespace, kind: str, *, holdout_batches: int = 4) -> CalibrationConfig:
-    default = CalibrationConfig()
+    default, rate = CalibrationConfig(), args.learning_rate
     is_paper = kind == "paper"
     return CalibrationConfig(
         steps=args.steps,
-        learning_rate=args.learning_rate or default.learning_rate,
+        learning_rate=default.learning_rate if rate is None else rate,
         seed=args.seed,
         # The published gate learns the max-pooled map, and every site keeps the same share: with
         # nothing measured of what sites cost, that is how they share a density.

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import ClassVar, Literal
 
-from seer_compile.errors import RangeError
+from seer_compile.errors import DtypeError, RangeError
 from seer_compile.types import POOL_KINDS, BlockSize, PoolKind
 
 
@@ -18,7 +19,15 @@ def _check(condition: bool, argument: str, got: object, expected: str) -> None:
         raise RangeError(argument=argument, got=got, expected=expected)
 
 
+def check_type(argument: str, got: object, *kinds: type) -> None:
+    """Raise unless an argument is of one of some classes."""
+    if not isinstance(got, kinds):
+        expected = " or ".join(kind.__name__ for kind in kinds)
+        raise DtypeError(argument=argument, got=got, expected=expected)
+
+
 def _check_fraction(argument: str, got: float) -> None:
+    check_type(argument, got, Real)
     _check(math.isfinite(got) and 0.0 < got <= 1.0, argument, got, "a number in (0, 1]")
 
 
@@ -84,6 +93,7 @@ class Threshold:
     ratio: float = 1.0
 
     def __post_init__(self) -> None:
+        check_type("ratio", self.ratio, Real)
         _check(math.isfinite(self.ratio) and self.ratio > 0, "ratio", self.ratio, "> 0")
 
     @property
@@ -115,7 +125,10 @@ class GateConfig:
     selector: Selector = field(default_factory=TopP)
 
     def __post_init__(self) -> None:
+        check_type("block_size", self.block_size, BlockSize)
+        check_type("selector", self.selector, *SELECTORS)
         for name in ("query_pools", "key_pools"):
+            check_type(name, getattr(self, name), tuple)
             kinds = getattr(self, name)
             is_valid = bool(kinds) and set(kinds) <= set(POOL_KINDS)
             _check(
@@ -205,6 +218,7 @@ class CalibrationConfig:
     checkpoint_every: int = 50
 
     def __post_init__(self) -> None:
+        check_type("seed", self.seed, int)
         _check(isinstance(self.steps, int) and self.steps >= 0, "steps", self.steps, ">= 0")
         for name, known in (("start", STARTS), ("schedule", SCHEDULES), ("target", TARGETS)):
             value = getattr(self, name)

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -13,10 +16,11 @@ from typing import Any
 
 import torch
 
-from seer_compile.errors import SeerInputError
+from seer_compile.errors import RangeError, SeerInputError
 from seer_compile.evaluate import EvaluationRow
 from seer_compile.table import render_table
 
+_OUTPUTS = ("out", "report", "json", "draw")
 _LIBRARIES = ("seer_compile", "torch", "triton", "transformers")
 
 
@@ -61,20 +65,61 @@ def versions_line(found: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in found.items())
 
 
+def check_outputs(arguments: Mapping[str, Any]) -> None:
+    """Try the places of results before hours are spent on them; makes folders that are missing.
+
+    Args:
+        arguments: Of a verb, by name; those that name files to write are looked at.
+
+    Raises:
+        SeerInputError: A file cannot be written.
+    """
+    for name in _OUTPUTS:
+        path = arguments.get(name)
+        if path is None:
+            continue
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=path.parent):
+                is_writable = not path.exists() or (path.is_file() and os.access(path, os.W_OK))
+        except OSError:
+            is_writable = False
+        if not is_writable:
+            raise SeerInputError(
+                argument=name, got=str(path), expected="a path that can be written"
+            )
+
+
+def check_number(name: str, value: int | None, least: int, most: int | None = None) -> None:
+    """Raise a RangeError for an argument outside its range; None is none."""
+    if value is not None and not least <= value <= (value if most is None else most):
+        expected = f">= {least}" if most is None else f"{least} to {most}"
+        raise RangeError(argument=name, got=value, expected=expected)
+
+
 def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
-    """Write a result to a file, if one was asked for.
+    """Write a result to a file, if one was asked for; a number that is not finite becomes null.
 
     Raises:
         SeerInputError: The file cannot be written.
     """
     if path is None:
         return
+    text = json.dumps(_finite(content), indent=1, allow_nan=False)
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        path.write_text(text + "\n", encoding="utf-8")
     except OSError as cause:
         raise SeerInputError(
             argument="json", got=str(path), expected="a path that can be written"
         ) from cause
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 EVALUATION_HEADER = (

@@ -17,12 +17,14 @@ import torch
 from torch import nn
 
 from seer_compile.api import calibrate, optimize
+from seer_compile.budget_curve import check_fraction
 from seer_compile.calibration.report import CalibrationReport
 from seer_compile.calibration.report_html import render_html
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.console import (
     EVALUATION_HEADER,
     Progress,
+    check_number,
     evaluation_cells,
     evaluation_text,
     versions,
@@ -69,6 +71,10 @@ def bundled_model() -> Path:
 def run_demo(args: Namespace) -> None:
     """Explain, calibrate, measure, and write ``args.report``."""
     notify = Progress()
+    check_number("length", args.length, 2)
+    check_number("steps", args.steps, 1)
+    for density in args.densities:
+        check_fraction("densities", density)
     device = torch.device("cpu")
     folder = str(args.model or bundled_model())
     found = versions(device)

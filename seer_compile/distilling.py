@@ -13,7 +13,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-from seer_compile.config import CalibrationConfig
+from seer_compile.config import CalibrationConfig, check_type
 from seer_compile.errors import ModelStateError
 from seer_compile.gate import AttnGate
 from seer_compile.kernels.observation import observe
@@ -148,6 +148,8 @@ def distillation(
                 loss = model(**batch).loss
             (loss + sites.loss()).backward()
     """
-    watched = Distillation(require_session(model), config or CalibrationConfig())
+    config = CalibrationConfig() if config is None else config
+    check_type("config", config, CalibrationConfig)
+    watched = Distillation(require_session(model), config)
     with observe(watched.observe):
         yield watched

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from seer_compile.report import site_cells
-from seer_compile.session import device_of, evaluation_mode
+from seer_compile.session import check_module, device_of, evaluation_mode, find_session
 from seer_compile.site_runner import SiteRunner
 from seer_compile.table import render_table
 from seer_compile.types import SiteSummary
@@ -69,8 +69,11 @@ def explain(
 
     Raises:
         PassError: A pass failed on this model.
+        ModelStateError: PyTorch ran the forward uncompiled.
     """
-    runner = SiteRunner(model, "discover")
+    check_module(model)
+    session = find_session(model)
+    runner = SiteRunner(model, "discover", session.options.exclude if session else ())
     with evaluation_mode(model), _same_random_numbers(model):
         runner.run(model, args, kwargs)
     if draw is not None:

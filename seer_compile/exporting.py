@@ -17,8 +17,10 @@ from torch import nn
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
-from seer_compile.errors import ExportError, ModelStateError, SiteRejectedError
+from seer_compile.backend import reject_unexpected, warn_if_uncalibrated
+from seer_compile.errors import ExportError, ModelStateError
 from seer_compile.gate_store import GateStore
+from seer_compile.graph_log import GraphLog, GraphRecord
 from seer_compile.session import STORE_NAME, Session, device_of, find_session, unplugged
 
 _METADATA = f"{STORE_NAME}.metadata"
@@ -50,8 +52,12 @@ def export(
     Raises:
         ModelStateError: The model is not optimized and no gates are given.
         ExportError: The model cannot be exported; the cause tells why.
-        SiteRejectedError: The model was optimized strictly and a site stays dense.
+        SiteRejectedError: The model was optimized strictly and a site stays dense unexpectedly;
+            where all do, NothingOptimizedError.
         GateFileError: The gate file does not fit.
+
+    Warns:
+        DenseFallbackWarning: A site stays dense, or the gates are not calibrated.
     """
     session = find_session(model)
     store = _store_for(model, session, gates)
@@ -119,10 +125,11 @@ def _rewrite(module: Any, store: GateStore, session: Session | None) -> GraphMod
         options=pipeline.PipelineOptions(exclude=options.exclude if options else ()),
     )
     if options is not None and options.strict:
-        dense = [site for site in result.summaries if site.decision == "dense"]
-        if dense:
-            raise SiteRejectedError(f"dense in the export: {[site.name for site in dense]}")
+        reject_unexpected(result.summaries)
+    log = GraphLog()
+    log.add(GraphRecord(sites=result.summaries, seconds=result.timings))
     if result.rewritten:
+        warn_if_uncalibrated(store, log)
         owner = result.graph_module.get_submodule(STORE_NAME)
         store.write_metadata()
         owner.register_buffer("metadata", store.metadata.clone())

@@ -16,9 +16,9 @@ from torch import Tensor, nn
 from seer_compile.allocation import Allocation
 from seer_compile.budget_curve import check_fraction
 from seer_compile.budget_tables import budget_tables
-from seer_compile.config import GateConfig
+from seer_compile.config import GateConfig, check_type
 from seer_compile.config_json import config_from_json, config_to_json
-from seer_compile.errors import GateMismatchError, SeerInputError
+from seer_compile.errors import GateMismatchError, ModelStateError, SeerInputError
 from seer_compile.gate import AttnGate
 from seer_compile.gate_entry import GateEntry
 from seer_compile.kernels.gated_attention import (
@@ -50,13 +50,15 @@ class GateStore(nn.Module):
 
     def __init__(self, config: GateConfig | None = None, *, seed: int = 0) -> None:
         super().__init__()
-        self.config = config or GateConfig()
+        self.config = GateConfig() if config is None else config
+        check_type("config", self.config, GateConfig)
         self.seed = seed
         self.gates = nn.ModuleDict()
         self._names: dict[str, str] = {}
         self._is_sparse = False
         self._at_any_size = False
         self._untrained_may_answer = False
+        self._budget_without_curve: float | None = None
         self._absent_prefix: str | None = None
         self._lock = threading.RLock()
         self.register_buffer("metadata", torch.empty(0, dtype=torch.uint8, device="cpu"))
@@ -137,6 +139,8 @@ class GateStore(nn.Module):
                         seed=self.seed + zlib.crc32(name.encode()),
                         device=device,
                     )
+                    if self._budget_without_curve is not None:
+                        gate.budget.fill_(self._budget_without_curve)
                     self._add(name, gate)
                     self.write_metadata()
             sizes = (gate.heads, gate.kv_heads, gate.head_dim)
@@ -190,8 +194,8 @@ class GateStore(nn.Module):
 
         Raises:
             SeerInputError: Not exactly one target is given, or it is out of range.
-            ModelStateError: No gate has a curve that translates the target, or sensitivities
-                are asked for that were not measured.
+            ModelStateError: There are no gates, none has a curve that translates the target, or
+                sensitivities are asked for that were not measured.
             NotConvergedError: No budget keeps the error within ``max_error``, or is fast enough.
         """
         targets = {"density": density, "mass": mass, "max_error": max_error, "latency": latency}
@@ -206,6 +210,11 @@ class GateStore(nn.Module):
                 argument="allocation", got=allocation, expected=f"None: {target} is set per site"
             )
         with self._lock:
+            if not self._names:
+                raise ModelStateError(
+                    f"there are no gates yet that {target}={value} could be set on",
+                    hint="Calibrate, load gates, or let optimize find the sites: example=...",
+                )
             tables = budget_tables(
                 {name: gate.curve for name, gate in self.items()},
                 self.config,
@@ -222,6 +231,9 @@ class GateStore(nn.Module):
                     gate.budget.copy_(torch.tensor(table, dtype=torch.float64, device="cpu"))
                     if int(gate.mode) in (MODE_AUTO, MODE_FULL_BUDGET):
                         gate.mode.fill_(_auto_mode(gate))
+            # Untrained gates that are made later answer beside these, so at the same budget.
+            is_measured = any(gate.curve is not None for _, gate in self.items())
+            self._budget_without_curve = None if is_measured else float(value)
             self.write_metadata()
 
     def write_metadata(self) -> None:
@@ -262,6 +274,7 @@ class GateStore(nn.Module):
                 # A graph may still hold a gate that is dropped here: it must answer densely.
                 gate.mode.fill_(0)
             self.config, self.seed = config, seed
+            self._budget_without_curve = None
             self._names.clear()
             self.gates.clear()
             for entry, gate in zip(entries, gates, strict=True):

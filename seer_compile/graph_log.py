@@ -29,6 +29,8 @@ class GraphLog:
     """The graphs compiled so far; warns once about each thing that stays dense."""
 
     records: list[GraphRecord] = field(default_factory=list[GraphRecord])
+    uncompiled_calls: int = 0
+    """Calls that PyTorch ran without any graph."""
     _warned: set[tuple[str, str]] = field(default_factory=set[tuple[str, str]])
 
     def add(self, record: GraphRecord) -> None:

@@ -32,6 +32,8 @@ class SeerReport:
     calls: dict[str, dict[str, int]]
     """Per site: how many calls since :func:`optimize` took which path: ``sparse``, or
     ``dense:`` and why."""
+    uncompiled_calls: int
+    """Calls of the model that PyTorch ran without any graph, so with dense attention."""
     errors: tuple[str, ...]
     """Why graphs were compiled as they came."""
     pass_seconds: dict[str, float]
@@ -50,6 +52,8 @@ class SeerReport:
             (*site_cells(row.site), str(row.graphs), self._calls(row.site)) for row in self.rows
         ]
         lines = [title, render_table(header, cells)]
+        if self.uncompiled_calls:
+            lines.append(f"{self.uncompiled_calls} calls ran uncompiled, with dense attention")
         lines += [f"compiled as it came: {error}" for error in self.errors]
         return "\n".join(lines)
 
@@ -80,6 +84,7 @@ def build_report(session: Session) -> SeerReport:
         graphs=len(session.log.records),
         rows=tuple(SiteRow(site=site, graphs=number) for site, number in rows.items()),
         calls={name: session.calls(name) for name in sorted(names)},
+        uncompiled_calls=session.log.uncompiled_calls,
         errors=tuple(record.error for record in session.log.records if record.error),
         pass_seconds=seconds,
     )

@@ -20,7 +20,7 @@ from torch import nn
 from seer_compile.backend import BackendOptions, SeerBackend
 from seer_compile.config import GateConfig
 from seer_compile.direct_forward import attach_forwards, detach_forwards
-from seer_compile.errors import ModelStateError
+from seer_compile.errors import DtypeError, ModelStateError
 from seer_compile.gate_store import GateStore
 from seer_compile.generation import attach_masks, detach_masks, entry_modules
 from seer_compile.graph_log import GraphLog
@@ -89,7 +89,7 @@ class Session:
             log=self.log,
             suffix=self.suffix,
         )
-        backend = WeakBackend(self.backend, "compile")
+        backend = WeakBackend(self.backend)
         self.forwards: dict[int, Callable[..., Any]] = {}
         for number, entry in enumerate(self.entries):
             is_inner = entry is not self.model
@@ -121,7 +121,7 @@ class Session:
     def runner(self) -> SiteRunner:
         """Return what runs the model with handlers; its graphs are kept."""
         if self._runner is None:
-            self._runner = SiteRunner(self.model, "handler")
+            self._runner = SiteRunner(self.model, "handler", self.options.exclude)
         return self._runner
 
     @contextlib.contextmanager
@@ -217,12 +217,18 @@ def attach(model: nn.Module, config: GateConfig | None, options: BackendOptions)
     """Attach a store and a session to a model and compile its call.
 
     Raises:
-        ModelStateError: The model is optimized already, or uses one of the names.
+        ModelStateError: The model or a part of it is optimized already, or uses one of the names.
     """
     if find_session(model) is not None:
         raise ModelStateError(
             "the model is optimized already",
             hint="Call seer_compile.restore(model) first to change the configuration.",
+        )
+    parts = _optimized_parts(model)
+    if parts:
+        raise ModelStateError(
+            f"parts of {type(model).__name__} are optimized already: {list(parts)}",
+            hint="A part keeps gates and graphs of its own; restore it to optimize the whole.",
         )
     taken = [name for name in (STORE_NAME, _SESSION, _REPORT) if hasattr(model, name)]
     if taken:
@@ -258,6 +264,12 @@ def detach(model: nn.Module) -> None:
         del hooks[key]
 
 
+def check_module(model: Any) -> None:
+    """Raise a DtypeError for what is no module."""
+    if not isinstance(model, nn.Module):
+        raise DtypeError(argument="model", got=type(model).__name__, expected="a torch.nn.Module")
+
+
 def find_session(model: nn.Module) -> Session | None:
     """Return the session of a model, or None where it is not optimized."""
     session = model.__dict__.get(_SESSION)
@@ -268,17 +280,28 @@ def require_session(model: Any) -> Session:
     """Return the session of a model, looking through compile and data-parallel wrappers.
 
     Raises:
-        ModelStateError: The model is not optimized.
+        ModelStateError: The model is not optimized, or several of its parts are, each for itself.
     """
-    candidates = [model, *(model.modules() if isinstance(model, nn.Module) else ())]
-    for candidate in candidates:
-        session = find_session(candidate) if isinstance(candidate, nn.Module) else None
-        if session is not None:
-            return session
-    raise ModelStateError(
-        f"{type(model).__name__} is not optimized",
-        hint="Call seer_compile.optimize(model) first.",
-    )
+    parts = _optimized_parts(model) if isinstance(model, nn.Module) else {}
+    if "" in parts:
+        return parts[""]
+    if not parts:
+        raise ModelStateError(
+            f"{type(model).__name__} is not optimized",
+            hint="Call seer_compile.optimize(model) first.",
+        )
+    if len(parts) > 1:
+        raise ModelStateError(
+            f"{type(model).__name__} has several optimized parts: {list(parts)}",
+            hint="Name the part that is meant.",
+        )
+    return next(iter(parts.values()))
+
+
+def _optimized_parts(model: nn.Module) -> dict[str, Session]:
+    """Return the sessions of a model and of its parts, by name."""
+    found = ((name, find_session(part)) for name, part in model.named_modules())
+    return {name: session for name, session in found if session is not None}
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
+from seer_compile.assumed_buffers import AssumedBuffers, guarded
 from seer_compile.direct_forward import DirectForward, running
 from seer_compile.errors import DenseFallbackWarning, ModelStateError, SeerError
 from seer_compile.generation import is_decoding_step
@@ -28,6 +29,7 @@ from seer_compile.graph_log import GraphRecord
 from seer_compile.types import SiteHandler
 
 _numbers = itertools.count()
+_ran = threading.local()
 _TAKEN_ELSEWHERE = (
     "PyTorch is at its limit of recompiles and answers with a graph that was made to calibrate or "
     "measure, so attention stays dense; raise torch._dynamo.config.recompile_limit."
@@ -55,24 +57,57 @@ def isolated_entry(model: nn.Module, *, is_forward: bool = False) -> Callable[..
     return types.FunctionType(code.replace(co_name=name), globals(), name)
 
 
+class GraphOwner(Protocol):
+    """Who rewrites and compiles graphs."""
+
+    def compile(
+        self, graph_module: GraphModule, example_inputs: Sequence[Any]
+    ) -> Callable[..., Any]:
+        """Return what runs instead of a graph."""
+        ...
+
+    def note_uncompiled(self) -> None:
+        """Learn that PyTorch ran a whole call without any graph."""
+        ...
+
+
 class WeakBackend:
-    """Calls a backend that someone else owns: Dynamo keeps every backend it has seen, for good.
+    """Calls a backend that someone else owns: Dynamo keeps every backend it has seen, for good."""
 
-    Args:
-        owner: What has the method that compiles.
-        method: Its name.
-    """
-
-    def __init__(self, owner: Any, method: str) -> None:
+    def __init__(self, owner: GraphOwner) -> None:
         self._owner = weakref.ref(owner)
-        self._method = method
 
     def __call__(self, graph_module: GraphModule, example_inputs: Sequence[Any]) -> Any:
         """Compile a graph, or leave it as it came where the owner is gone."""
         owner = self._owner()
         if owner is None:
             return graph_module.forward
-        return getattr(owner, self._method)(graph_module, example_inputs)
+        compiled = owner.compile(graph_module, example_inputs)
+
+        def run(*args: Any) -> Any:
+            _ran.graphs = _graphs_run() + 1
+            return compiled(*args)
+
+        return run
+
+    def note_uncompiled(self) -> None:
+        """Tell the owner, if it still exists."""
+        owner = self._owner()
+        if owner is not None:
+            owner.note_uncompiled()
+
+
+def _changed_buffer(*_: Any) -> Any:
+    raise ModelStateError(
+        "a buffer that an attention mask is made of has other values than when the forward was "
+        "captured",
+        hint="Call seer_compile.restore(model) and optimize it again.",
+    )
+
+
+def _graphs_run() -> int:
+    """Return how many compiled graphs this thread has run."""
+    return getattr(_ran, "graphs", 0)
 
 
 def compiled_entry(
@@ -84,8 +119,15 @@ def compiled_entry(
     to break its graph here. Two calls are traced through: one decoding step, which is dense, and a
     call from within the compiled model, whose graph this backend rewrites anyway.
     """
-    compiled = torch.compile(isolated_entry(model, is_forward=is_forward), backend=backend)
+    entry = torch.compile(isolated_entry(model, is_forward=is_forward), backend=backend)
     plain = DirectForward.plain if is_forward else type(model)._call_impl
+
+    def compiled(*args: Any, **kwargs: Any) -> Any:
+        before = _graphs_run()
+        result = entry(*args, **kwargs)
+        if _graphs_run() == before:
+            backend.note_uncompiled()
+        return result
 
     # A function of its own: disabling the compiled one would reach through to what it compiles.
     @torch.compiler.disable(reason="seer_compile compiles this call itself")  # type: ignore[call-arg]
@@ -149,17 +191,18 @@ class SiteRunner:
     Args:
         model: The model; not held by the runner.
         mode: ``handler`` or ``discover``: what the pipeline does to the graphs.
+        exclude: Shell patterns of site names that stay as they are.
     """
 
-    def __init__(self, model: nn.Module, mode: str) -> None:
-        self.mode = mode
+    def __init__(self, model: nn.Module, mode: str, exclude: tuple[str, ...] = ()) -> None:
+        self.mode, self.exclude = mode, exclude
         self.records: list[GraphRecord] = []
         self.results: list[Any] = []
         """What the pipeline returned per graph; kept in mode ``discover`` only."""
         self._root = weakref.ref(model)
         self._current = threading.local()
         self._running: set[int] = set()  # threads, by their number
-        self._entry = compiled_entry(model, WeakBackend(self, "compile"))
+        self._entry = compiled_entry(model, WeakBackend(self))
 
     def run(
         self,
@@ -174,25 +217,33 @@ class SiteRunner:
             PassError: A pass failed.
             ModelStateError: The forward did not go through the rewritten graphs.
         """
-        self._current.handler, self._current.answers = handler, 0
+        self._current.handler, self._current.sites = handler, 0
         self._running.add(threading.get_ident())
         try:
             with torch.no_grad():
                 result = self._entry(model, *args, **kwargs)
-            answers = self._current.answers
+            reached = self._current.sites
         finally:
             self._current.handler = None
             self._running.discard(threading.get_ident())
-        expects_answers = any(
+        has_sites = any(
             site.decision == "sparse" for record in self.records for site in record.sites
         )
-        if self.mode == "handler" and expects_answers and not answers:
+        if self.mode == "handler" and has_sites and not reached:
             raise ModelStateError(
-                "no site was answered in this forward, though the model has some",
+                "this forward reached no site, though the model has some",
                 hint="Too many recompilations let PyTorch run the model uncompiled: see "
                 "torch._dynamo.config.recompile_limit, and call with fewer distinct forms.",
             )
         return result
+
+    def note_uncompiled(self) -> None:
+        """Refuse a forward that no graph was captured from: nothing of it was looked at."""
+        raise ModelStateError(
+            "PyTorch ran this forward uncompiled, so its attention could not be looked at",
+            hint="It does so in torch.func transforms, under torch.compiler.set_stance and "
+            "TORCHDYNAMO_DISABLE, and at torch._dynamo.config.recompile_limit.",
+        )
 
     def compile(
         self, graph_module: GraphModule, example_inputs: Sequence[Any]
@@ -209,6 +260,7 @@ class SiteRunner:
             mode=pipeline.Mode(self.mode),
             handler=self._answerer,
             example_inputs=example_inputs,
+            options=pipeline.PipelineOptions(exclude=self.exclude),
         )
         self.records.append(GraphRecord(sites=result.summaries, seconds=result.timings))
         if self.mode == "discover":
@@ -217,9 +269,20 @@ class SiteRunner:
             pin_frame(graph_module)
         if self.mode == "discover":
             return result.graph_module.forward
-        return self._in_own_runs(result.graph_module, graph_module)
+        rewritten = self._counting_sites(result.graph_module, len(result.summaries))
+        if result.assumed:
+            buffers = AssumedBuffers(result.assumed, example_inputs)
+            rewritten = guarded(rewritten, buffers, _changed_buffer)
+        return self._in_own_runs(rewritten, graph_module)
 
-    def _in_own_runs(self, rewritten: GraphModule, plain: GraphModule) -> Callable[..., Any]:
+    def _counting_sites(self, rewritten: GraphModule, sites: int) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            self._current.sites = getattr(self._current, "sites", 0) + sites
+            return rewritten.forward(*args)
+
+        return run
+
+    def _in_own_runs(self, rewritten: Callable[..., Any], plain: GraphModule) -> Callable[..., Any]:
         """Return a call of the rewritten graph, or of the plain one where this runs nothing.
 
         At its limit on recompiles Dynamo takes any graph whose guards hold, of whichever backend.
@@ -227,7 +290,7 @@ class SiteRunner:
 
         def run(*args: Any) -> Any:
             if self._running:
-                return rewritten.forward(*args)
+                return rewritten(*args)
             warnings.warn(_TAKEN_ELSEWHERE, DenseFallbackWarning, stacklevel=2)
             return plain.forward(*args)
 
@@ -237,5 +300,4 @@ class SiteRunner:
         handler = getattr(self._current, "handler", None)
         if handler is None:
             raise ModelStateError("a graph with a site handler ran outside of its runner")
-        self._current.answers += 1
         return handler

@@ -10,6 +10,7 @@ import pickle
 import warnings
 import weakref
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -20,13 +21,14 @@ from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.errors import (
     DenseFallbackWarning,
     DtypeError,
+    FeatureUnsupportedError,
     GateMismatchError,
     ModelStateError,
     NothingOptimizedError,
     SeerInputError,
     SiteRejectedError,
 )
-from support.models import Attention, architecture, decoder, token_ids
+from support.models import Attention, Triangle, architecture, decoder, token_ids
 from support.rewriting import answer_sparsely
 from support.state import assert_global_state_unchanged
 
@@ -112,11 +114,64 @@ def test_optimize_refuses_what_is_no_module_and_what_is_optimized_already():
         seer_compile.optimize(model)
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"config": {}},
+        {"config": CalibrationConfig()},
+        {"exclude": "layers.*"},
+        {"exclude": [1]},
+        {"exclude": 1},
+    ],
+)
+def test_optimize_refuses_arguments_of_other_types(options):
+    """One text for ``exclude`` would be a pattern per letter, and a lone ``*`` every site."""
+    model = decoder()
+    (argument,) = options
+    with pytest.raises(DtypeError, match=f"{argument}="):
+        seer_compile.optimize(model, **options)
+    assert "seer_gates" not in model._modules
+
+
+def test_other_verbs_refuse_arguments_of_other_types():
+    with pytest.raises(DtypeError, match="model='int'"):
+        seer_compile.explain(3)  # type: ignore[arg-type]
+    with pytest.raises(DtypeError, match="config="):
+        seer_compile.calibrate(optimized(), batches(4), config={"steps": 3})  # type: ignore[arg-type]
+    with (
+        pytest.raises(DtypeError, match="config="),
+        seer_compile.distillation(optimized(), config={}),  # type: ignore[arg-type]
+    ):
+        pass
+
+
+def test_optimize_refuses_a_script_and_leaves_it_alone():
+    script = torch.jit.script(nn.Linear(2, 2))
+    before = set(script.__dict__)
+    with pytest.raises(FeatureUnsupportedError, match="TorchScript"):
+        seer_compile.optimize(script)
+    assert set(script.__dict__) == before
+
+
 def test_optimize_refuses_a_model_that_uses_its_names():
     model = decoder()
     model.seer_gates = nn.Linear(1, 1)
     with pytest.raises(ModelStateError, match="seer_gates"):
         seer_compile.optimize(model)
+
+
+def test_parts_that_are_optimized_keep_to_themselves():
+    """A verb that took the first part it finds would leave the others as they were."""
+    first, second = optimized(), optimized(decoder(seed=1))
+    whole = nn.Sequential(first, nn.Identity())
+    with pytest.raises(ModelStateError, match=r"optimized already: \['0'\]"):
+        seer_compile.optimize(whole)
+    seer_compile.set_budget(whole, mass=0.3)
+    whole[1] = second
+    with pytest.raises(ModelStateError, match=r"several optimized parts: \['0', '1'\]"):
+        seer_compile.set_budget(whole, mass=0.5)
+    budgets = [gate.budget for _, gate in first.seer_gates.items()]
+    assert all(bool((budget == 0.3).all()) for budget in budgets)
 
 
 def test_optimize_that_fails_leaves_the_model_untouched(tmp_path):
@@ -174,6 +229,17 @@ def test_excluded_sites_stay_dense():
 
 
 @torch.no_grad()
+def test_excluded_sites_are_not_calibrated_and_take_no_share_of_a_density():
+    model = seer_compile.optimize(decoder(), exclude=("layers.1",), inner="eager")
+    data = batches(4, length=512)
+    report = seer_compile.calibrate(model, data, config=QUICK, density=0.6, progress=False)
+    (site,) = report.sites
+    assert site.name == "layers.0"
+    assert abs(site.density - 0.6) < 0.08
+    decisions = [site.decision for site in seer_compile.explain(model, data[0]).sites]
+    assert decisions == ["sparse", "dense"]
+
+
 def test_failing_pass_leaves_the_graph_as_it_came(monkeypatch):
     from seer_compile.passes import pipeline
 
@@ -272,7 +338,10 @@ def test_calibrate_save_and_load_in_another_model(tmp_path):
     seer_compile.optimize(model, inner="eager")
     model.train()
     weights = copy.deepcopy(model.state_dict())
-    report = seer_compile.calibrate(model, batches(6), config=QUICK, density=0.6, progress=False)
+    density = np.float32(0.6)
+    report = seer_compile.calibrate(
+        model, batches(6), config=QUICK, density=density, progress=False
+    )
     assert {site.name for site in report.sites} == set(SITES)
     assert model.training, "calibration must leave the training flag"
     assert all(torch.equal(weights[key], value) for key, value in model.state_dict().items())
@@ -332,6 +401,14 @@ def test_calibrated_store_makes_no_gate_for_a_new_site(tmp_path):
     model(x, both=True)
     last = {row.site.name: row.site.decision for row in model.seer_report().rows}
     assert last == {"a": "sparse", "b": "sparse"}
+
+
+def test_a_batch_that_only_decodes_does_not_stop_calibration():
+    model = seer_compile.optimize(decoder(), inner="eager")
+    short = token_ids(1)
+    data = [*batches(3), short, *batches(2), short]
+    report = seer_compile.calibrate(model, data, config=QUICK, density=0.5, progress=False)
+    assert {site.name for site in report.sites} == set(SITES)
 
 
 def test_run_with_handler_sees_every_site_of_any_model():
@@ -466,8 +543,6 @@ def test_surrounding_compile_does_not_trace_through():
 
 @torch.no_grad()
 def test_a_changed_mask_buffer_sends_the_graph_back_to_dense():
-    from support.models import Triangle
-
     torch.manual_seed(0)
     model, x = Triangle().eval(), torch.randn(1, 100, 32)
     seer_compile.optimize(model, zero_shot=True, example=x, inner="eager")
@@ -482,6 +557,69 @@ def test_a_changed_mask_buffer_sends_the_graph_back_to_dense():
     with pytest.warns(DenseFallbackWarning, match="other values"):
         assert torch.allclose(model(x), Triangle.forward(model, x), atol=1e-6)
     assert model.seer_report().calls == {"<root>": {"sparse": 2}}
+
+
+def replace_by_attribute(model, mask):
+    model.bias = mask
+    return model(model.x)
+
+
+def replace_by_loading(model, mask):
+    model.load_state_dict(model.state_dict() | {"bias": mask}, assign=True)
+    answer_sparsely(model.seer_gates)
+    return model(model.x)
+
+
+def replace_storage(model, mask):
+    model.bias.data = mask
+    return model(model.x)
+
+
+def replace_for_one_call(model, mask):
+    return torch.func.functional_call(model, {"bias": mask}, (model.x,))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    "way", [replace_by_attribute, replace_by_loading, replace_storage, replace_for_one_call]
+)
+def test_a_mask_buffer_in_place_of_another_is_compared(way):
+    torch.manual_seed(0)
+    model = Triangle().eval()
+    model.x = torch.randn(1, 100, 32)
+    seer_compile.optimize(model, zero_shot=True, example=model.x, inner="eager")
+    answer_sparsely(model.seer_gates)
+    seer_compile.set_budget(model, mass=1.0)
+    before = way(model, model.bias.clone())  # equal values: no warning
+    assert torch.allclose(before, Triangle.forward(model, model.x), atol=1e-5)
+    window = model.bias.triu(-20)
+    with pytest.warns(DenseFallbackWarning, match="other values"):
+        got = way(model, window)
+    model.bias = window
+    assert torch.allclose(got, Triangle.forward(model, model.x), atol=1e-6)
+    assert not torch.allclose(got, before, atol=1e-2)
+
+
+def test_calibration_does_not_run_on_with_a_mask_of_other_values():
+    model, x = Triangle().eval(), torch.randn(1, 100, 32)
+    seer_compile.optimize(model, example=x, inner="eager")
+    model.bias.fill_(1.0)
+    with pytest.raises(ModelStateError, match="other values"):
+        seer_compile.calibrate(model, [x] * 4, config=QUICK, progress=False)
+
+
+def test_a_mask_buffer_made_in_inference_mode_proves_nothing():
+    with torch.inference_mode():
+        model, x = Triangle().eval(), torch.randn(1, 100, 32)
+        (site,) = seer_compile.explain(model, x).sites
+    assert (site.decision, site.visibility) == ("dense", "opaque")
+
+
+@pytest.mark.parametrize("zero_shot", [False, True])
+def test_a_budget_is_not_lost_where_there_are_no_gates_yet(zero_shot):
+    model = seer_compile.optimize(decoder(), zero_shot=zero_shot, inner="eager")
+    with pytest.raises(ModelStateError, match=r"no gates yet that mass=0\.3"):
+        seer_compile.set_budget(model, mass=0.3)
 
 
 def test_set_budget_takes_exactly_one_target():

@@ -10,6 +10,7 @@ import torch
 
 from seer_compile import cli, cli_commands
 from seer_compile.config import CalibrationConfig
+from seer_compile.console import write_json
 from seer_compile.errors import SeerInputError
 
 EVALUATE = "evaluate --model {model} --tokens {tokens} --device cpu"
@@ -84,6 +85,63 @@ def test_wrong_input_ends_with_code_2_and_says_what(extra, message, tiny, capsys
     assert message in captured.err
     assert "Traceback" not in captured.err
     assert captured.out == ""
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("explain --model {model} --length 0", "length=0; expected >= 1"),
+        ("export --model {model} --gates g --length 2000", "length=2000; expected 2 to 1024"),
+        ("export --model {model} --gates g --max-length 0", "max_length=0; expected >= 2"),
+        (
+            "calibrate --model {model} --tokens {tokens} --calibration-length 64 --learning-rate 0",
+            "learning_rate=0.0; expected > 0",
+        ),
+        ("demo --length 0", "length=0; expected >= 2"),
+        ("demo --steps 0", "steps=0; expected >= 1"),
+        ("demo --densities 0.5 1.5", "densities=1.5"),
+    ],
+)
+def test_numbers_out_of_range_are_refused_and_not_replaced(
+    line, message, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    assert run(line, tiny) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", ["calibrate", "evaluate", "demo"])
+def test_a_negative_seed_is_refused(verb, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([verb, "--seed", "-1", "--model", "m", "--tokens", "t"])
+    assert stop.value.code == 2
+    assert "--seed: -1; expected >= 0" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "calibrate --model absent --tokens absent --out {place}",
+        "calibrate --model absent --tokens absent --report {place}",
+        "evaluate --model absent --tokens absent --json {place}",
+        "export --model absent --gates absent --out {place}",
+        "explain --model absent --draw {place}",
+    ],
+)
+def test_results_that_could_not_be_written_are_refused_before_the_work(
+    line, tiny, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    for place in (tmp_path, tmp_path / "file" / "below.json"):
+        assert run(line, tiny, place=place) == 2
+        assert "expected a path that can be written" in capsys.readouterr().err
+
+
+def test_json_files_hold_no_numbers_that_json_does_not_know(tmp_path):
+    path = tmp_path / "out.json"
+    write_json(path, {"losses": (1.0, float("nan")), "worst": {"ratio": float("inf")}})
+    assert json.loads(path.read_text()) == {"losses": [1.0, None], "worst": {"ratio": None}}
 
 
 def test_missing_files_are_named(tiny, tmp_path, capsys):

@@ -122,3 +122,11 @@ def test_reasons_name_the_line(model, mask, reason):
     assert code
     named = reason.replace(r" at [\w.]+:\d+", r"( at [\w.]+:\d+)?")
     assert re.fullmatch(named, detail), site.reason
+
+
+def test_reasons_name_no_file_of_ours():
+    """PyTorch's own layers leave no frame of the user's between them and our call."""
+    layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True).eval()
+    (site,) = seer_compile.explain(layer, torch.randn(1, 80, 32), torch.randn(80, 80)).sites
+    assert site.decision == "dense"
+    assert ".py" not in site.reason + site.source

@@ -15,7 +15,7 @@ from seer_compile.errors import (
     DenseFallbackWarning,
     ExportError,
     ModelStateError,
-    SiteRejectedError,
+    NothingOptimizedError,
 )
 from support.models import Triangle, architecture, decoder, token_ids
 from support.processes import run_apart
@@ -133,8 +133,29 @@ def test_strict_export_rejects_a_dense_site():
 
     model = Biased()
     seer_compile.optimize(model, strict=True, inner="eager")
-    with pytest.raises(SiteRejectedError, match="dense in the export"):
+    with pytest.raises(NothingOptimizedError, match="floating-point bias"):
         seer_compile.export(model, (torch.randn(1, 2, 16, 8),))
+
+
+def test_excluded_sites_are_no_fault_in_a_strict_export():
+    model = optimized(strict=True, exclude=("layers.1",))
+    assert gated_calls(seer_compile.export(model, (token_ids(100),))) == 1
+
+
+def test_export_says_what_stays_dense():
+    model = seer_compile.optimize(decoder(), inner="eager")
+    with pytest.warns(DenseFallbackWarning, match="not calibrated"):
+        program = seer_compile.export(model, (token_ids(100),))
+    assert gated_calls(program) == 2
+
+    class Biased(nn.Module):
+        def forward(self, x, bias):
+            return nn.functional.scaled_dot_product_attention(x, x, x, attn_mask=bias)
+
+    model = seer_compile.optimize(Biased(), zero_shot=True, inner="eager")
+    with pytest.warns(DenseFallbackWarning, match="floating-point bias"):
+        program = seer_compile.export(model, (torch.randn(1, 2, 80, 8), torch.randn(80, 80)))
+    assert gated_calls(program) == 0
 
 
 def test_plain_torch_export_of_an_optimized_model_warns():

@@ -14,6 +14,7 @@ from seer_compile.budget_curve import BudgetCurve
 from seer_compile.config import Fraction, GateConfig, Threshold, TopK, TopP
 from seer_compile.config_json import config_from_json, config_to_json
 from seer_compile.errors import (
+    DtypeError,
     GateMismatchError,
     HeadConfigError,
     ModelStateError,
@@ -139,6 +140,22 @@ class TestUntrainedGate:
         assert torch.equal(gate.budget, fresh.budget)
         assert gate.curve is None
         assert not gate.is_trained
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"selector": "top_p"},
+            {"selector": TopP},
+            {"block_size": 64},
+            {"query_pools": "mean"},
+        ],
+    )
+    def test_fields_of_other_types_are_refused(self, fields):
+        (name,) = fields
+        with pytest.raises(DtypeError, match=f"{name}="):
+            GateConfig(**fields)
+        with pytest.raises(DtypeError, match=r"mass='0\.9'"):
+            TopP(mass="0.9")
 
     def test_sizes_are_checked(self):
         with pytest.raises(HeadConfigError, match="kv_heads=3"):
@@ -420,6 +437,14 @@ class TestStore:
         store.set_budget(mass=1.0)
         assert torch.equal(gate.budget, torch.ones_like(gate.budget))
         assert gate.budget.data_ptr() == address
+
+    def test_a_gate_that_is_made_later_has_the_budget_of_the_others(self):
+        store = GateStore(SMALL)
+        store.get_or_create("a", heads=2, kv_heads=1, head_dim=8)
+        store.set_budget(mass=0.3)
+        for twin in (store, pickle.loads(pickle.dumps(store))):
+            late = twin.get_or_create("b", heads=2, kv_heads=1, head_dim=8)
+            assert bool((late.budget == 0.3).all())
 
     def test_full_budget_is_answered_densely_until_the_budget_falls(self):
         store = GateStore(SMALL)

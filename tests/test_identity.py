@@ -102,6 +102,31 @@ def test_module_called_several_times_has_one_gate():
 
 
 @torch.no_grad()
+def test_module_that_splits_heads_otherwise_from_call_to_call_is_half_dense():
+    class Heads(nn.Module):
+        def forward(self, x, heads):
+            q = x.unflatten(-1, (heads, -1)).transpose(1, 2)
+            return nn.functional.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+
+    class Twice(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.shared = Heads()
+
+        def forward(self, x):
+            return self.shared(self.shared(x, 2), 4)
+
+    model, x = Twice().eval(), torch.randn(1, 200, 32)
+    expected = model(x)
+    seer_compile.set_budget(optimized(model, example=x), mass=1.0)
+    with pytest.warns(DenseFallbackWarning, match="no gate of this name and shape"):
+        got = model(x)
+    assert torch.allclose(got, expected, atol=1e-5)
+    assert model.seer_report().calls == {"shared": {"sparse": 1}}
+    seer_compile.calibrate(model, [x] * 3, config=QUICK, density=0.9, progress=False)
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("moment", ["before the first call", "after a call"])
 def test_model_in_another_dtype_keeps_its_gates(moment):
     model = tell_apart(optimized())

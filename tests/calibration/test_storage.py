@@ -347,6 +347,30 @@ def test_fingerprint_knows_a_model_in_another_precision_and_behind_wrappers(gate
         load_gates(GateStore(CONFIG), gate_file, model=fingerprint(other))
 
 
+def deep_model(layers=9):
+    return nn.Sequential(*(base_model(seed) for seed in range(layers)))
+
+
+def test_a_model_fine_tuned_in_one_projection_is_refused(tmp_path):
+    path = tmp_path / "gates.safetensors"
+    save_gates(trained_store(), path, model=fingerprint(deep_model()))
+    for name, _ in deep_model().named_parameters():
+        tuned = deep_model()
+        tuned.get_parameter(name).data.mul_(1.01)
+        with pytest.raises(GateMismatchError, match=f"weight {name}: other values"):
+            load_gates(GateStore(CONFIG), path, model=fingerprint(tuned))
+    for dtype in (torch.float16, torch.bfloat16):
+        load_gates(GateStore(CONFIG), path, model=fingerprint(deep_model().to(dtype)))
+
+
+def test_a_file_that_names_fewer_weights_still_fits_its_model(tmp_path):
+    path = tmp_path / "gates.safetensors"
+    model = fingerprint(deep_model())
+    few = {name: model["weights"][name] for name in list(model["weights"])[::7]}
+    save_gates(trained_store(), path, model=model | {"weights": few})
+    load_gates(GateStore(CONFIG), path, model=model)
+
+
 def test_rope_and_layer_count_belong_to_the_fingerprint():
     class Config:
         num_hidden_layers = 2

@@ -30,6 +30,7 @@ from seer_compile.errors import (
     RangeError,
     ResumeMismatchError,
     SeerInputError,
+    SeerWarning,
 )
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SiteInputs
@@ -241,6 +242,10 @@ def test_failure_forgets_what_new_gates_learned():
         assert not gate.is_trained
 
 
+def take(stream, number):
+    return [next(stream) for _ in range(number)]
+
+
 class TestDataStream:
     def test_batches_become_arguments(self):
         tokens = torch.arange(4)
@@ -257,9 +262,31 @@ class TestDataStream:
         data = batches(10)
         stream = BatchStream(data, holdout=2)
         held = [int(batch["seed"]) for batch in stream.holdout]
-        seen = [int(next(stream)["seed"]) for _ in range(20)]
+        seen = [int(batch["seed"]) for batch in take(stream, 20)]
         assert held == [0, 1]
         assert seen == [*range(2, 10), *range(2, 10), *range(2, 6)]
+
+    def test_data_in_another_order_each_time_says_that_it_leaks(self):
+        class Shuffled:
+            def __init__(self):
+                self.turn = 0
+
+            def __iter__(self):
+                self.turn += 1
+                return iter(batches(4)[:: 1 if self.turn == 1 else -1])
+
+        stream = BatchStream(Shuffled(), holdout=1)
+        with pytest.warns(SeerWarning, match="fixed order") as caught:
+            take(stream, 9)
+        assert len(caught) == 1
+
+    def test_what_is_no_batch_is_refused_where_it_comes(self):
+        stream = BatchStream([*batches(3), None, *batches(2)], holdout=1)
+        with pytest.raises(CalibrationDataError, match="NoneType"):
+            take(stream, 9)
+        assert stream.position == 2
+        with pytest.raises(CalibrationDataError, match="data='int'"):
+            BatchStream(3, holdout=1)
 
     @pytest.mark.parametrize(("count", "held"), [(2, 1), (4, 1), (8, 2), (15, 3), (16, 4)])
     def test_small_data_holds_out_a_quarter(self, count, held):
@@ -268,8 +295,7 @@ class TestDataStream:
     def test_seek_returns_to_a_cursor_and_refuses_other_data(self):
         data = batches(10)
         stream = BatchStream(data, holdout=2)
-        for _ in range(11):
-            next(stream)
+        take(stream, 11)
         again = BatchStream(data, holdout=2)
         again.seek(stream.cursor)
         assert int(next(again)["seed"]) == int(next(stream)["seed"])

@@ -88,6 +88,14 @@ def test_plan_declines_a_gate_of_other_sizes():
     assert reason_for(site, gates=source(store)).code is SkipCode.NO_GATE
 
 
+def test_plan_makes_no_second_gate_of_other_sizes_under_one_name():
+    _, site = one_site()
+    other = dataclasses.replace(site, kv_heads=1)
+    sites, proofs = [site, other, site], [PROVED] * 3
+    codes = [decision.reason and decision.reason.code for decision in plan(sites, proofs).decisions]
+    assert codes == [None, SkipCode.NO_GATE, None]
+
+
 def test_plan_of_a_graph_without_attention_is_empty():
     captured = trace(lambda x: F.relu(x).softmax(-1), torch.randn(4, 8))
     assert plan_of(captured).decisions == ()
