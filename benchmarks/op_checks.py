@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from seer_compile.kernels import gated_attention
-from seer_compile.kernels.contracts import visibility_of
+from seer_compile.kernels import by_device, gated_attention
 from seer_compile.kernels.gated_attention import MODE_SPARSE, GateArguments
 from seer_compile.types import Visibility
 
@@ -17,42 +16,41 @@ LIMIT = 1e-2
 """Largest relative error of the checked rows: bf16 rounds probabilities and results."""
 
 
-class _Attentions(TorchDispatchMode):
-    """Keeps operands and results of the sparse attention calls made inside."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.calls: list[tuple[tuple[Any, ...], tuple[Tensor, Tensor]]] = []
-
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
-    ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if func is torch.ops.seer_compile.block_sparse_attention.v1:
-            self.calls.append((args, result))
-        return result
-
-
 def check_rows(operator: Any) -> None:
     """Compare rows of every part of a sparse call with float64 attention to the kept blocks."""
     arguments = GateArguments(*operator.arguments(MODE_SPARSE))
     tensors = (operator.query, operator.key, operator.value)
-    attentions = _Attentions()
-    with attentions:
+    attend, calls = by_device.block_sparse_attention, []
+
+    def kept(*args: Any) -> tuple[Tensor, Tensor]:
+        result = attend(*args)
+        calls.append((args, result[0]))
+        return result
+
+    with mock.patch.object(by_device, "block_sparse_attention", kept):
         out, _ = gated_attention.forward(*tensors, arguments, operator.visibility)
-    if not attentions.calls:
+    if not calls:
         raise SystemExit("the operator made no sparse attention call")
-    for args, result in attentions.calls:
-        _check_call(args, result[0])
+    for args, result in calls:
+        _check_call(result, *args)
     again = operator.call()()
     difference = (again.float() - out.float()).abs().max()
     if not float(difference) <= LIMIT:
         raise SystemExit(f"two calls differ by {float(difference):.3g}")
 
 
-def _check_call(args: tuple[Any, ...], out: Tensor) -> None:
-    query, key, value, indices, counts, scale, query_block, key_block, *readable = args
-    visibility = visibility_of(*readable)
+def _check_call(
+    out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    selected: tuple[Tensor, Tensor],
+    scale: float,
+    blocks: tuple[int, int],
+    visibility: Visibility,
+    *_: Any,
+) -> None:
+    (indices, counts), (query_block, key_block) = selected, blocks
     batch, heads, q_len, _ = query.shape
     picks = [(0, 0, 0), (batch - 1, heads - 1, indices.shape[2] - 1)]
     picks.append((batch // 2, heads // 2, indices.shape[2] // 2))
