@@ -99,7 +99,7 @@ def fit(
     Raises:
         SeerInputError: More than one target, or one out of range.
         CalibrationDataError: Too little data, or no held-out batch reaches a site.
-        NonFiniteLossError: A loss or gradient is NaN or infinite; before that step's update.
+        NonFiniteLossError: A loss or gradient is NaN or infinite; that step is in no checkpoint.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written.
         NotConvergedError: No budget keeps the error of some site within ``max_error``, or no
@@ -255,6 +255,7 @@ def _restore(
     trainer: GateTrainer, name: str, gate: AttnGate, tensors: Mapping[str, Tensor]
 ) -> None:
     optimizer = trainer.optimizers[name]
+    is_fused = optimizer.defaults["fused"]
     with torch.no_grad():
         for label, weight in gate.named_parameters():
             weight.copy_(tensors[f"{name}.{label}"])
@@ -263,8 +264,8 @@ def _restore(
             keys = [key for key in _MOMENTS if f"{name}.{label}.{key}" in tensors]
             state = {key: tensors[f"{name}.{label}.{key}"] for key in keys}
             optimizer.state[weight] = {
-                # AdamW keeps its step count on the CPU.
-                key: value if key == "step" else value.to(weight.device)
+                # AdamW keeps its step count on the CPU unless it is fused.
+                key: value if key == "step" and not is_fused else value.to(weight.device)
                 for key, value in state.items()
             }
 
