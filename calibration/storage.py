@@ -33,7 +33,8 @@ from seer_compile.errors import (
 from seer_compile.gate_store import GateStore
 from seer_compile.wrappers import base_parameters, unwrap
 
-SCHEMA = 1
+SCHEMA = 2
+"""Of the layout, and of what weights mean: 1 scored a block by the sum over its sub-blocks."""
 GATE_TENSORS = ("query_weight", "key_weight", "budget")
 
 _HEADER_FIELDS = {"format", "library", "model", "sites", "store", "calibration"}

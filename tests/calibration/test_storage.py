@@ -17,6 +17,7 @@ from torch import nn
 from seer_compile.budget_curve import BudgetCurve
 from seer_compile.calibration import verified_file
 from seer_compile.calibration.storage import (
+    SCHEMA,
     describe_gates,
     fingerprint,
     load_gates,
@@ -181,8 +182,8 @@ def _rewritten(data):
     yield "metadata nests", pack(tensors, {"seer": "[" * 100_000})
     content = json.loads(metadata["seer"])
     for path, value in (
-        (("schema",), 2),
-        (("schema",), "1"),
+        (("schema",), SCHEMA + 1),
+        (("schema",), str(SCHEMA)),
         (("schema",), None),
         (("digest",), "0" * 64),
         (("header", "format"), "other"),
@@ -240,17 +241,18 @@ def test_honest_file_with_non_finite_weights_is_refused_when_written_and_when_re
         "store": store.describe(),
         "calibration": {},
     }
-    (tmp_path / "bad.safetensors").write_bytes(verified_file.encode(tensors, header, schema=1))
+    (tmp_path / "bad.safetensors").write_bytes(verified_file.encode(tensors, header, schema=SCHEMA))
     with pytest.raises(NonFiniteGateError):
         load_gates(GateStore(CONFIG), tmp_path / "bad.safetensors", model={})
 
 
-def test_schema_of_the_future_is_named(tmp_path, gate_file):
+@pytest.mark.parametrize("schema", [SCHEMA - 1, SCHEMA + 1])
+def test_another_schema_is_named(schema, tmp_path, gate_file):
     data = gate_file.read_bytes()
-    parsed = verified_file.parse_header(data, schema=1, source="x")
+    parsed = verified_file.parse_header(data, schema=SCHEMA, source="x")
     tensors = verified_file.read_tensors(data, parsed, source="x")
-    gate_file.write_bytes(verified_file.encode(tensors, parsed.header, schema=2))
-    with pytest.raises(GateFileSchemaError, match="schema 2"):
+    gate_file.write_bytes(verified_file.encode(tensors, parsed.header, schema=schema))
+    with pytest.raises(GateFileSchemaError, match=f"schema {schema}"):
         load_gates(GateStore(CONFIG), gate_file, model=fingerprint(base_model()))
 
 
