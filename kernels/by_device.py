@@ -64,6 +64,27 @@ def select_blocks(
     return kernel.launch(scores, budget, selector, *blocks, *visibility.as_arguments().values())
 
 
+def attention_mass(
+    query: Tensor,
+    key: Tensor,
+    scale: float,
+    query_unit: int,
+    key_unit: int,
+    query_reduce: str,
+    key_reduce: str,
+    visibility: Visibility,
+    softcap: float | None = None,
+) -> Tensor:
+    """Pool the attention probabilities; see ``ops.attention_mass``."""
+    units = (query_unit, key_unit, query_reduce, key_reduce)
+    if not query.is_cuda:
+        return scoring.attention_mass(query, key, scale, *units, visibility, softcap)
+    from seer_compile.kernels.triton import attention_mass as kernel
+
+    readable = visibility.as_arguments().values()
+    return kernel.launch(query, key, scale, *units, *readable, softcap=softcap)
+
+
 def block_sparse_attention(
     query: Tensor,
     key: Tensor,

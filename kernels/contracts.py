@@ -255,7 +255,7 @@ def _check_select(
     check_visibility(visibility, batch=scores.shape[0], device=device, **lengths)
 
 
-@custom_op(f"{NAMESPACE}::attention_mass.v1", mutates_args=(), device_types="cpu")
+@custom_op(f"{NAMESPACE}::attention_mass.v1", mutates_args=(), device_types=DEVICES)
 def attention_mass(
     query: Tensor,
     key: Tensor,
@@ -272,35 +272,11 @@ def attention_mass(
     key_documents: Tensor | None = None,
     softcap: float | None = None,
 ) -> Tensor:
-    """CPU kernel."""
+    """Both devices."""
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
     units = (query_unit, key_unit, query_reduce, key_reduce)
     _check_mass(query, key, scale, *units, visibility, softcap)
-    return scoring.attention_mass(query, key, scale, *units, visibility, softcap)
-
-
-@attention_mass.register_kernel("cuda")
-def _(
-    query: Tensor,
-    key: Tensor,
-    scale: float,
-    query_unit: int,
-    key_unit: int,
-    query_reduce: str,
-    key_reduce: str,
-    *readable: Any,
-) -> Tensor:
-    from seer_compile.kernels.triton import attention_mass as kernel
-
-    units = (query_unit, key_unit, query_reduce, key_reduce)
-    # The dispatcher leaves out trailing defaults, of which the softcap is the last.
-    softcap = readable[6] if len(readable) > 6 else None
-    visibility = visibility_of(*readable)
-    _check_mass(query, key, scale, *units, visibility, softcap)
-    if softcap is not None:
-        # The kernel takes plain products; only calibration asks for the map of capped ones.
-        return scoring.attention_mass(query, key, scale, *units, visibility, softcap)
-    return kernel.launch(query, key, scale, *units, *readable)
+    return by_device.attention_mass(query, key, scale, *units, visibility, softcap)
 
 
 @attention_mass.register_fake

@@ -24,8 +24,6 @@ from seer_compile.types import Visibility
 
 _SLAB_ELEMENTS = 1 << 20
 """Logits of one slab of rows: 4 MB, so that its passes stay in the cache of a core or two."""
-_GPU_SLABS = 128
-"""Slabs taken together on a GPU, whose launches would cost more than the work: 512 MB."""
 
 
 def pool_blocks(tokens: Tensor, size: int, kinds: str, padding: Tensor | None) -> Tensor:
@@ -161,16 +159,15 @@ def attention_mass(
     visibility: Visibility,
     softcap: float | None = None,
 ) -> Tensor:
-    """Return ``Float32[b h m n]``; see ``ops.attention_mass``. On any device."""
+    """Return ``Float32[b h m n]``; see ``ops.attention_mass``."""
     batch, heads, q_len, _ = query.shape
     kv_heads, k_len = key.shape[1:3]
     query, key = query.float(), key.float()
     band, grid = Band.of(visibility), Grid(q_len, k_len, 1, 1)
     shape = Grid(q_len, k_len, query_unit, key_unit).shape
-    result = torch.zeros(batch, heads, *shape, device=query.device)
+    result = torch.zeros(batch, heads, *shape)
     extra = _token_masks(visibility)
-    together = 1 if query.device.type == "cpu" else _GPU_SLABS
-    for slab in _slabs(batch, heads, band, grid, (query_unit, key_unit), together):
+    for slab in _slabs(batch, heads, band, grid, (query_unit, key_unit)):
         # The rows of the query heads of a group follow each other: one product per key head.
         queries = query[slab.item, :, slab.rows].unflatten(0, (kv_heads, -1)).flatten(1, 2)
         keys = key[slab.item, :, slab.columns].transpose(1, 2)
@@ -184,7 +181,7 @@ def attention_mass(
         share = _reduce_runs(share, key_unit, key_reduce).transpose(-1, -2)
         share = _reduce_runs(share, query_unit, "max" if query_reduce == "max" else "sum")
         if query_reduce == "mean":
-            reads = torch.ones(logits.shape[-2], device=logits.device) if reads is None else reads
+            reads = torch.ones(logits.shape[-2]) if reads is None else reads
             number = _reduce_runs(reads.float(), query_unit, "sum")
             share = share / number.clamp(min=1)
         m, n = slab.rows.start // query_unit, slab.columns.start // key_unit
@@ -194,17 +191,11 @@ def attention_mass(
 
 
 def _slabs(
-    batch: int,
-    heads: int,
-    band: Band,
-    grid: Grid,
-    per_block: tuple[int, int],
-    together: int = 1,
+    batch: int, heads: int, band: Band, grid: Grid, per_block: tuple[int, int]
 ) -> Iterator[_Slab]:
     """Cut the query units into slabs of whole blocks that hold few logits, empty ones left out."""
     num_rows, num_columns = grid.shape
-    row_elements = max(heads * num_columns * per_block[0], 1)
-    step = max(1, together * _SLAB_ELEMENTS // row_elements) * per_block[0]
+    step = max(1, _SLAB_ELEMENTS // max(heads * num_columns * per_block[0], 1)) * per_block[0]
     for start in range(0, num_rows, step):
         rows = slice(start, min(start + step, num_rows))
         last_query = min(rows.stop * grid.query_unit, grid.q_len) - 1
@@ -265,7 +256,7 @@ def _hide(
     ends = slice(slab.rows.start, slab.rows.stop, max(1, num_rows - 1))
     inside = visible_pairs(band, grid, ends, slab.columns).all(0).nonzero()
     if masks or len(inside) == 0:
-        visible = visible_pairs(band, grid, slab.rows, slab.columns).to(logits.device)
+        visible = visible_pairs(band, grid, slab.rows, slab.columns)
         for mask in masks:
             visible = visible & mask(slab)
         logits.masked_fill_(~visible, -torch.inf)
@@ -274,7 +265,7 @@ def _hide(
     for begin, end in ((0, first), (last, num_columns)):
         if begin < end:
             columns = slice(slab.columns.start + begin, slab.columns.start + end)
-            hidden = ~visible_pairs(band, grid, slab.rows, columns).to(logits.device)
+            hidden = ~visible_pairs(band, grid, slab.rows, columns)
             logits[..., begin:end].masked_fill_(hidden, -torch.inf)
     return None
 

@@ -14,6 +14,7 @@ from seer_compile.errors import RangeError
 from seer_compile.kernels.triton.column_rules import ColumnRules, column_rules
 from seer_compile.kernels.triton.pooled_map import pooled_map
 from seer_compile.kernels.triton.primitives import (
+    Band,
     ceil_div,
     dot_precision,
     launching_on,
@@ -22,7 +23,7 @@ from seer_compile.kernels.triton.primitives import (
     positive_scale,
 )
 from seer_compile.kernels.triton.row_statistics import row_statistics
-from seer_compile.kernels.triton.tuning import MapTiling, head_layout, mass_tiling, shared_memory
+from seer_compile.kernels.triton.tuning import MapTiling, mass_tiling, shared_memory
 
 _LARGEST_UNIT = 128
 
@@ -47,6 +48,7 @@ def launch(
     key_padding: Tensor | None = None,
     query_documents: Tensor | None = None,
     key_documents: Tensor | None = None,
+    softcap: float | None = None,
     *,
     tiling: MapTiling | None = None,
 ) -> Tensor:
@@ -66,6 +68,7 @@ def launch(
         key_padding: ``Bool[b k]``.
         query_documents: ``Int[b q]``.
         key_documents: ``Int[b k]``.
+        softcap: Bounds the logits by ``softcap * tanh(logits / softcap)``, before the mask.
         tiling: Overrides the tuning table.
 
     Returns:
@@ -82,125 +85,66 @@ def launch(
             raise RangeError(argument=argument, got=unit, expected=f"1 to {_LARGEST_UNIT} tokens")
     is_mean = _reduction("query_reduce", query_reduce, ("mean", "max"))
     is_sum = _reduction("key_reduce", key_reduce, ("sum", "max"))
-    q_len, k_len = query.shape[2], key.shape[2]
-    return _pooled_softmax_map(
-        query,
-        key,
-        scale,
-        1,
-        query_unit,
-        key_unit,
-        ceil_div(q_len, query_unit),
-        ceil_div(k_len, key_unit),
-        q_len,
-        k_len,
-        1,
-        is_sum,
-        is_mean,
-        upper,
-        lower,
-        offset,
-        column_rules(1, key_padding, query_documents, key_documents),
-        tiling or mass_tiling(padded_dim(query.shape[3]), query.dtype, shared_memory(query.device)),
+    band = make_band(upper, lower, offset)
+    rules = column_rules(1, key_padding, query_documents, key_documents)
+    tiling = tiling or mass_tiling(
+        padded_dim(query.shape[3]), query.dtype, shared_memory(query.device)
     )
+    units = (query_unit, key_unit)
+    return _run_both_passes(query, key, scale, softcap, units, is_sum, is_mean, band, rules, tiling)
 
 
-def _pooled_softmax_map(
-    rows: Tensor,
-    columns: Tensor,
+def _run_both_passes(
+    query: Tensor,
+    key: Tensor,
     scale: float,
-    extent: int,
-    row_unit: int,
-    column_unit: int,
-    num_row_units: int,
-    num_column_units: int,
-    q_len: int,
-    k_len: int,
-    pooled: int,
-    sum_columns: bool,
-    mean_rows: bool,
-    upper: int | None,
-    lower: int | None,
-    offset: Tensor | None,
+    softcap: float | None,
+    units: tuple[int, int],
+    sum_keys: bool,
+    mean_queries: bool,
+    band: Band,
     rules: ColumnRules,
     tiling: MapTiling,
 ) -> Tensor:
-    """Run the two passes; see the module of the kernels for the formula.
-
-    Args:
-        rows: ``Float[b h r e]``.
-        columns: ``Float[b g c e]``.
-        scale: Factor on the logits.
-        extent: Tokens that a row or column stands for.
-        row_unit: Rows per unit of the map.
-        column_unit: Columns per unit of the map.
-        num_row_units: Units along the rows.
-        num_column_units: Units along the columns.
-        q_len: Query tokens.
-        k_len: Key tokens.
-        pooled: Consecutive heads over which the maximum is taken.
-        sum_columns: Sum over the columns of a unit; else the maximum.
-        mean_rows: Mean over the rows of a unit that see anything; else the maximum.
-        upper: Band.
-        lower: Band.
-        offset: Band.
-        rules: Padding and documents.
-        tiling: Sizes of the tiles.
-
-    Returns:
-        ``Float32[b h//pooled row_units column_units]``.
-
-    Cost:
-        Eight bytes per row besides the result.
-    """
-    batch, heads, num_rows, dim = rows.shape
-    pooled_heads, num_columns = heads // pooled, columns.shape[2]
-    shape = (batch, pooled_heads, num_row_units, num_column_units)
-    result = torch.empty(shape, dtype=torch.float32, device=rows.device)
-    if result.numel() == 0 or rows.numel() == 0 or columns.numel() == 0:
+    """Launch the statistics of rows, then the map; see :mod:`row_statistics` for the formula."""
+    (batch, heads, q_len, dim), (kv_heads, k_len) = query.shape, key.shape[1:3]
+    shape = (ceil_div(q_len, units[0]), ceil_div(k_len, units[1]))
+    result = torch.empty((batch, heads, *shape), dtype=torch.float32, device=query.device)
+    if result.numel() == 0 or query.numel() == 0 or key.numel() == 0:
         return result.zero_()
     padded = padded_dim(dim)
-    band = make_band(upper, lower, offset)
-    statistics = torch.empty((2, batch, heads, num_rows), dtype=torch.float32, device=rows.device)
-    per_key_head = head_layout(heads, columns.shape[1], pooled_heads).per_key_head
-    visibility = (
-        rows.stride(),
-        columns.stride(),
-        band.offset,
-        *rules,
-        num_rows,
-        num_columns,
-    )
-    qk_scale = positive_scale(scale)
-    lengths = (q_len, k_len, band.upper, band.lower, qk_scale)
-    padded_row_unit = triton.next_power_of_2(row_unit)
-    padded_column_unit = triton.next_power_of_2(column_unit)
-    row_units = max(1, tiling.rows // padded_row_unit)
-    column_units = max(1, tiling.columns // padded_column_unit)
-    if padded_row_unit * row_units < 16:
-        row_units = 16 // padded_row_unit
+    statistics = torch.empty((2, batch, heads, q_len), dtype=torch.float32, device=query.device)
+    operands = (query, key, *statistics)
+    visibility = (query.stride(), key.stride(), band.offset, *rules, q_len, k_len)
+    # Capped logits are held in units of the cap: the scale goes inside, the cap is what is left.
+    inner, outer = (1.0, scale) if softcap is None else (abs(scale) / softcap, softcap)
+    lengths = (q_len, k_len, band.upper, band.lower, positive_scale(outer), inner)
+    padded_units = [triton.next_power_of_2(unit) for unit in units]
+    row_units = max(1, tiling.rows // padded_units[0], 16 // padded_units[0])
+    column_units = max(1, tiling.columns // padded_units[1])
     constants = {
-        "PER_KEY_HEAD": per_key_head,
-        "EXTENT": extent,
+        "PER_KEY_HEAD": heads // kv_heads,
+        "EXTENT": 1,
         "DIM": dim,
         "PADDED_DIM": padded,
-        "PRECISION": dot_precision(rows.dtype),
+        "PRECISION": dot_precision(query.dtype),
         "NEGATE": scale < 0,
+        "IS_CAPPED": softcap is not None,
         "num_warps": tiling.warps,
         "num_stages": tiling.stages,
     }
-    with launching_on(rows, "query"):
-        tiles = ceil_div(num_rows, tiling.rows)
+    with launching_on(query, "query"):
+        tiles = ceil_div(q_len, tiling.rows)
         row_statistics[(tiles * heads * batch,)](
-            rows, columns, *statistics, *visibility, *lengths, tiles, heads,
+            *operands, *visibility, *lengths, tiles, heads,
             TILE_R=tiling.rows, TILE_C=tiling.columns, **constants,
         )  # fmt: skip
-        tiles = ceil_div(num_row_units, row_units)
-        pooled_map[(tiles * pooled_heads * batch,)](
-            rows, columns, *statistics, result, *visibility, num_row_units, num_column_units,
-            *lengths, tiles, pooled_heads, POOLED=pooled, ROW_UNIT=row_unit,
-            COLUMN_UNIT=column_unit, ROW_UNITS=row_units, COLUMN_UNITS=column_units,
-            PADDED_ROW_UNIT=padded_row_unit, PADDED_COLUMN_UNIT=padded_column_unit,
-            SUM_COLUMNS=sum_columns, MEAN_ROWS=mean_rows, **constants,
+        tiles = ceil_div(shape[0], row_units)
+        pooled_map[(tiles * heads * batch,)](
+            *operands, result, *visibility, *shape, *lengths, tiles, heads,
+            ROW_UNIT=units[0], COLUMN_UNIT=units[1], ROW_UNITS=row_units,
+            COLUMN_UNITS=column_units, PADDED_ROW_UNIT=padded_units[0],
+            PADDED_COLUMN_UNIT=padded_units[1], SUM_COLUMNS=sum_keys, MEAN_ROWS=mean_queries,
+            **constants,
         )  # fmt: skip
     return result

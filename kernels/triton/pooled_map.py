@@ -13,7 +13,12 @@ import triton
 import triton.language as tl
 
 from seer_compile.kernels.triton.primitives import load_tile, shifted_band, tile_pointers
-from seer_compile.kernels.triton.row_statistics import tile_ranges, visible_pairs, weights_of
+from seer_compile.kernels.triton.row_statistics import (
+    logits_of,
+    tile_ranges,
+    visible_pairs,
+    weights_of,
+)
 
 
 @triton.jit
@@ -82,7 +87,7 @@ def _reduce_tile(
         "upper",
         "lower",
         "tiles",
-        "pooled_heads",
+        "heads",
     ]
 )
 def pooled_map(
@@ -108,10 +113,10 @@ def pooled_map(
     upper,
     lower,
     qk_scale,
+    inner_scale,
     tiles,
-    pooled_heads,
+    heads,
     PER_KEY_HEAD: tl.constexpr,
-    POOLED: tl.constexpr,
     EXTENT: tl.constexpr,
     ROW_UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
@@ -125,14 +130,14 @@ def pooled_map(
     MEAN_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
     NEGATE: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
 ):
-    """Write the pooled map, its maximum over ``POOLED`` consecutive heads; 0 where unseen."""
+    """Write the pooled map; 0 where unseen."""
     program = tl.program_id(0)
     tile = tiles - 1 - program % tiles
-    pooled_head = (program // tiles % pooled_heads).to(tl.int64)
-    batch = (program // tiles // pooled_heads).to(tl.int64)
+    head = (program // tiles % heads).to(tl.int64)
+    batch = (program // tiles // heads).to(tl.int64)
     upper, lower = shifted_band(upper, lower, offset_ptr)
-    heads = pooled_heads * POOLED
     TILE_R: tl.constexpr = ROW_UNITS * PADDED_ROW_UNIT
     TILE_C: tl.constexpr = COLUMN_UNITS * PADDED_COLUMN_UNIT
     row_places = tl.arange(0, TILE_R)
@@ -162,7 +167,7 @@ def pooled_map(
     if (usable_ptr is not None) or (row_low_ptr is not None):
         inner_begin = begin
         inner_end = begin
-    map_rows = ((batch * pooled_heads + pooled_head) * num_row_units + row_units) * num_column_units
+    map_rows = ((batch * heads + head) * num_row_units + row_units) * num_column_units
     target = map_ptr + map_rows[:, None] + units_of_tile[None, :]
     is_row_unit = row_units < num_row_units
     unseen = tl.zeros([ROW_UNITS, COLUMN_UNITS], tl.float32)
@@ -176,54 +181,33 @@ def pooled_map(
         inside = is_row_unit[:, None] & is_unit[None, :]
         tl.store(target + step * COLUMN_UNITS, unseen, mask=inside)
 
-    row_base = row_ptr + batch * row_strides[0]
-    column_base = column_ptr + batch * column_strides[0]
-    first_head = pooled_head * POOLED
     row, maximum, inverse = _load_rows(
-        row_base, maximum_ptr, sum_ptr, row_strides, batch * heads, first_head, rows, is_row,
-        num_rows, dims, DIM, PADDED_DIM, NEGATE,
+        row_ptr + batch * row_strides[0], maximum_ptr, sum_ptr, row_strides, batch * heads, head,
+        rows, is_row, num_rows, dims, DIM, PADDED_DIM, NEGATE,
     )  # fmt: skip
+    column_base = column_ptr + batch * column_strides[0] + head // PER_KEY_HEAD * column_strides[1]
     for step in range(begin, end):
         columns = step * STEP + columns_of_tile
         is_column = is_place & (columns < num_columns)
         is_edge = (step < inner_begin) | (step >= inner_end)
-        result = tl.zeros([ROW_UNITS, COLUMN_UNITS], tl.float32)
-        for member in range(0, POOLED):
-            if POOLED > 1:
-                row, maximum, inverse = _load_rows(
-                    row_base, maximum_ptr, sum_ptr, row_strides, batch * heads,
-                    first_head + member, rows, is_row, num_rows, dims, DIM, PADDED_DIM, NEGATE,
-                )  # fmt: skip
-            key_head = (first_head + member) // PER_KEY_HEAD
-            column = load_tile(
-                tile_pointers(
-                    column_base + key_head * column_strides[1],
-                    columns,
-                    column_strides[2],
-                    dims,
-                    column_strides[3],
-                ),
-                is_column,
-                dims,
-                DIM,
-                PADDED_DIM,
-            )
-            logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
-            weight = weights_of(logits, maximum, qk_scale, PRECISION)
-            if is_edge:
-                visible = visible_pairs(
-                    rows, columns, is_column, q_len, k_len, upper, lower, usable_ptr,
- row_low_ptr, row_high_ptr, column_low_ptr,
-                    column_high_ptr, EXTENT,
-                )  # fmt: skip
-                weight = tl.where(visible, weight, 0.0)
-            if PADDED_COLUMN_UNIT > COLUMN_UNIT:
-                weight = tl.where(is_place[None, :], weight, 0.0)
-            reduced = _reduce_tile(
-                weight, inverse, ROW_UNITS, PADDED_ROW_UNIT, COLUMN_UNITS, PADDED_COLUMN_UNIT,
-                SUM_COLUMNS, MEAN_ROWS,
+        column = load_tile(
+            tile_pointers(column_base, columns, column_strides[2], dims, column_strides[3]),
+            is_column, dims, DIM, PADDED_DIM,
+        )  # fmt: skip
+        logits = logits_of(row, column, inner_scale, PRECISION, IS_CAPPED)
+        weight = weights_of(logits, maximum, qk_scale, PRECISION)
+        if is_edge:
+            visible = visible_pairs(
+                rows, columns, is_column, q_len, k_len, upper, lower, usable_ptr, row_low_ptr,
+                row_high_ptr, column_low_ptr, column_high_ptr, EXTENT,
             )  # fmt: skip
-            result = tl.maximum(result, reduced)
+            weight = tl.where(visible, weight, 0.0)
+        if PADDED_COLUMN_UNIT > COLUMN_UNIT:
+            weight = tl.where(is_place[None, :], weight, 0.0)
+        result = _reduce_tile(
+            weight, inverse, ROW_UNITS, PADDED_ROW_UNIT, COLUMN_UNITS, PADDED_COLUMN_UNIT,
+            SUM_COLUMNS, MEAN_ROWS,
+        )  # fmt: skip
         is_unit = step * COLUMN_UNITS + units_of_tile < num_column_units
         inside = is_row_unit[:, None] & is_unit[None, :]
         tl.store(target + step * COLUMN_UNITS, result, mask=inside)

@@ -1,4 +1,4 @@
-"""First pass of a pooled softmax map, behind block scores and attention mass: row statistics.
+"""First pass of a pooled softmax map, behind attention mass: the statistics of its rows.
 
     weight[i, j] = softmax over the visible j of (scale * row[i] . column[j])
     map[m, n]    = reduce over rows i of unit m ( reduce over columns j of unit n ( weight[i, j] ))
@@ -25,6 +25,7 @@ from seer_compile.kernels.triton.primitives import (
     load_tile,
     load_whole_tile,
     shifted_band,
+    tanh,
     tile_pointers,
 )
 
@@ -97,6 +98,13 @@ def tile_ranges(
 
 
 @triton.jit
+def logits_of(row, column, inner_scale, PRECISION: tl.constexpr, IS_CAPPED: tl.constexpr):
+    """Return products, or where they are capped ``tanh`` of them, in units of the cap."""
+    logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
+    return tanh(logits * inner_scale) if IS_CAPPED else logits
+
+
+@triton.jit
 def weights_of(logits, maximum, qk_scale, PRECISION: tl.constexpr):
     """Return ``2 ** ((logits - maximum) * qk_scale)``; one fused operation where that suffices."""
     if PRECISION == "ieee":
@@ -148,6 +156,7 @@ def row_statistics(
     upper,
     lower,
     qk_scale,
+    inner_scale,
     tiles,
     heads,
     PER_KEY_HEAD: tl.constexpr,
@@ -158,6 +167,7 @@ def row_statistics(
     PADDED_DIM: tl.constexpr,
     PRECISION: tl.constexpr,
     NEGATE: tl.constexpr,
+    IS_CAPPED: tl.constexpr,
 ):
     """Write maximum and sum of each row; a row that sees nothing has maximum -inf."""
     program = tl.program_id(0)
@@ -203,7 +213,7 @@ def row_statistics(
     for step in range(inner_begin, inner_end):
         start = tl.cast(step * TILE_C, tl.int64)
         column = load_whole_tile(column_tile + start * column_strides[2], dims, DIM, PADDED_DIM)
-        logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
+        logits = logits_of(row, column, inner_scale, PRECISION, IS_CAPPED)
         running_max, running_sum = _add_tile(
             logits, None, running_max, running_sum, qk_scale, PRECISION
         )
@@ -231,7 +241,7 @@ def row_statistics(
             column_high_ptr,
             EXTENT,
         )
-        logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
+        logits = logits_of(row, column, inner_scale, PRECISION, IS_CAPPED)
         running_max, running_sum = _add_tile(
             logits, visible, running_max, running_sum, qk_scale, PRECISION
         )

@@ -23,6 +23,7 @@ from kernels_cases import BF16, PROFILES, Draw, features_inputs, map_inputs, poo
 from kernels_checks import check_features, check_map, check_pool
 
 from seer_compile.errors import DtypeError, RangeError
+from seer_compile.kernels import reference
 from seer_compile.kernels.triton import (
     attention_mass,
     block_scores,
@@ -30,6 +31,7 @@ from seer_compile.kernels.triton import (
     pool_features,
     tuning,
 )
+from seer_compile.types import Visibility
 
 
 def small(op):
@@ -69,6 +71,19 @@ def test_features_of_many_heads_are_those_of_each_head():
 def test_map_is_as_exact_as_float32_allows(op, case):
     profile = small(op)[case]
     check_map(map_inputs(profile, Draw(2, case), "cpu", False))
+
+
+@pytest.mark.parametrize("scale", [0.5, -0.5])
+@pytest.mark.parametrize("reduce", [("mean", "sum"), ("max", "max")])
+def test_mass_of_capped_logits_is_that_of_the_reference(reduce, scale):
+    query, key = Draw(0, 0).normal(1, 2, 50, 16), Draw(1, 0).normal(1, 1, 70, 16)
+    visibility = Visibility(upper=20)
+    arguments = (query, key, scale, 10, 16, *reduce)
+    actual = attention_mass.launch(*arguments, **visibility.as_arguments(), softcap=1.5)
+    exact = reference.attention_mass(
+        query.double(), key.double(), scale, 10, 16, *reduce, visibility, 1.5
+    )
+    torch.testing.assert_close(actual.double(), exact, rtol=1e-5, atol=1e-7)
 
 
 def test_mass_of_a_row_is_one_wherever_it_reads_anything():
