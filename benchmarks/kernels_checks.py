@@ -218,7 +218,8 @@ def _few_programs(inputs: dict[str, Any]) -> Any:
     from seer_compile.kernels.triton import primitives, tuning
 
     profile, rows, columns = inputs["profile"], inputs["rows"], inputs["columns"]
-    units = [triton.next_power_of_2(block // profile["sub_block"]) for block in profile["blocks"]]
+    sub_block = profile["sub_block"]
+    units = tuple(triton.next_power_of_2(block // sub_block) for block in profile["blocks"])
     number = -(-inputs["lengths"][1] // profile["blocks"][1])
     dim = primitives.padded_dim(profile["dim"])
     tiling = tuning.scores_tiling(dim, rows.dtype, units, number, columns.device)

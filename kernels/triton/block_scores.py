@@ -87,7 +87,7 @@ def launch(
     result = torch.empty((batch, heads // groups, *shape), dtype=torch.float32, device=device)
     if result.numel() == 0 or query_features.numel() == 0 or key_features.numel() == 0:
         return result.zero_()
-    padded_units = [triton.next_power_of_2(unit) for unit in units]
+    padded_units = tuple(triton.next_power_of_2(unit) for unit in units)
     padded = padded_dim(dim)
     tiling = tiling or scores_tiling(padded, query_features.dtype, padded_units, shape[1], device)
     row_units = max(1, tiling.rows // padded_units[0], 16 // padded_units[0])
