@@ -89,7 +89,7 @@ def vertical_slash(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
     # Lines of blocks from far left to far right of a query; both ends are clamped to.
     middle = len(query_place) + len(key_place)
     shift = _band_shift(inputs.visibility, inputs.query.device)
-    positions = torch.arange(k_len, device=inputs.query.device)
+    positions = torch.arange(k_len, dtype=torch.float32, device=inputs.query.device)
     slashes = shares.new_zeros(*shares.shape[:2], 2 * middle + 1)
     for row, query in enumerate(last):
         # A line of tokens at one distance crosses two lines of blocks, in these shares.
@@ -199,7 +199,7 @@ def random_blocks(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
     visible = _visible_blocks(inputs, block_size)
     shape = (*inputs.query.shape[:2], *visible.shape[-2:])
     generator = torch.Generator(device="cpu").manual_seed(0)
-    scores = torch.rand(shape, generator=generator, device="cpu") + 1e-3
+    scores = torch.rand(shape, generator=generator, dtype=torch.float32, device="cpu") + 1e-3
     return scores.to(inputs.query.device) * visible
 
 

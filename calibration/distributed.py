@@ -89,6 +89,6 @@ def any_process(flag: bool, device: torch.device) -> bool:
     """Whether the flag is set in any process."""
     if not is_on():
         return flag
-    votes = torch.tensor([float(flag)], device=device)
+    votes = torch.tensor([float(flag)], dtype=torch.float32, device=device)
     dist.all_reduce(votes)
     return bool(votes.item())

@@ -124,7 +124,7 @@ def differentiable_loss(
             weights = torch.ones_like(target[..., 0])
         weights = torch.where(counts, weights, 0.0)
         divisor = weights.sum().clamp(min=torch.finfo(torch.float32).tiny)
-        total = torch.zeros((), device=query.device)
+        total = torch.zeros((), dtype=torch.float32, device=query.device)
         for heads, part in _chunks(query, key, logits_bytes):
             log_mass = block_log_mass(
                 query_leaf[:, heads, part],

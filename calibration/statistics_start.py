@@ -126,7 +126,8 @@ def _choice(total: int, wanted: int, key: str, device: torch.device) -> Tensor:
 def _means(kinds: tuple[PoolKind, ...], sample: _Sample) -> Tensor:
     """Return ``Float32[P d]`` of mean pooling; extremes count evenly where there is no mean."""
     shares = [float(kind == "mean") if "mean" in kinds else 1 / len(kinds) for kind in kinds]
-    return torch.tensor(shares, device=sample.key.device)[:, None].repeat(1, sample.key.shape[-1])
+    column = torch.tensor(shares, dtype=torch.float32, device=sample.key.device)[:, None]
+    return column.repeat(1, sample.key.shape[-1])
 
 
 def _fit_in_turn(gate: AttnGate, sample: _Sample) -> tuple[Tensor, Tensor]:

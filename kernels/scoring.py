@@ -132,7 +132,7 @@ def block_scores(
     batch, heads = query_features.shape[:2]
     band, grid = Band.of(visibility), Grid(q_len, k_len, sub_block, sub_block)
     shape = Grid(q_len, k_len, query_block, key_block).shape
-    result = torch.zeros(batch, heads // groups, *shape)
+    result = torch.zeros(batch, heads // groups, *shape, dtype=torch.float32)
     extra = _sub_block_masks(visibility, sub_block)
     per_row, per_column = query_block // sub_block, key_block // sub_block
     query_features, key_features = query_features.float(), key_features.float()
@@ -165,7 +165,7 @@ def attention_mass(
     query, key = query.float(), key.float()
     band, grid = Band.of(visibility), Grid(q_len, k_len, 1, 1)
     shape = Grid(q_len, k_len, query_unit, key_unit).shape
-    result = torch.zeros(batch, heads, *shape)
+    result = torch.zeros(batch, heads, *shape, dtype=torch.float32)
     extra = _token_masks(visibility)
     for slab in _slabs(batch, heads, band, grid, (query_unit, key_unit)):
         # The rows of the query heads of a group follow each other: one product per key head.
@@ -181,7 +181,7 @@ def attention_mass(
         share = _reduce_runs(share, key_unit, key_reduce).transpose(-1, -2)
         share = _reduce_runs(share, query_unit, "max" if query_reduce == "max" else "sum")
         if query_reduce == "mean":
-            reads = torch.ones(logits.shape[-2]) if reads is None else reads
+            reads = torch.ones_like(logits[0, :, 0]) if reads is None else reads
             number = _reduce_runs(reads.float(), query_unit, "sum")
             share = share / number.clamp(min=1)
         m, n = slab.rows.start // query_unit, slab.columns.start // key_unit
