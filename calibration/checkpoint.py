@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import shutil
+import tempfile
 import textwrap
 from collections.abc import Mapping
 from pathlib import Path
@@ -43,6 +44,29 @@ class Checkpoint(NamedTuple):
     state: dict[str, Any]
     """Plain data: identity, data cursor, description of the gates."""
     tensors: dict[str, Tensor]
+
+
+def check_writable(directory: str | os.PathLike[str]) -> None:
+    """Make the directory and a file in it, which goes again.
+
+    Permissions alone do not tell: root has them all, on a read-only file system too.
+
+    Raises:
+        CheckpointWriteError: It cannot be written to.
+    """
+    folder = Path(directory)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=folder) as probe:
+            probe.write(b"\0")
+    except OSError as cause:
+        raise CheckpointWriteError(
+            f"no checkpoint could be written: {cause.strerror}",
+            argument="checkpoint_dir",
+            got=str(folder),
+            expected="a folder that can be written to",
+            hint="Nothing was trained yet.",
+        ) from cause
 
 
 def write_checkpoint(

@@ -101,7 +101,7 @@ def fit(
         CalibrationDataError: Too little data, or no held-out batch reaches a site.
         NonFiniteLossError: A loss or gradient is NaN or infinite; that step is in no checkpoint.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
-        CheckpointWriteError: A checkpoint could not be written.
+        CheckpointWriteError: A checkpoint could not be written; where none can be, before training.
         NotConvergedError: No budget keeps the error of some site within ``max_error``, or no
             density is fast enough.
     """
@@ -109,6 +109,8 @@ def fit(
     check_type("config", config, CalibrationConfig)
     targets = _checked_targets(Targets(density, mass, max_error, latency))
     stream = BatchStream(data, holdout=config.holdout_batches)
+    if checkpoint_dir is not None and distributed.rank() == 0:
+        checkpoints.check_writable(checkpoint_dir)
     with _unchanged_on_error(store):
         trainer = GateTrainer(store, config)
         _discover(run, trainer, stream)

@@ -399,6 +399,27 @@ class TestResume:
         assert last.step == 4
         assert sorted(bytes_of(tmp_path)) == ["step-000002.safetensors", "step-000004.safetensors"]
 
+    @pytest.mark.parametrize("place", ["file", "file/below", "/proc/checkpoints"])
+    def test_a_folder_that_cannot_be_written_is_refused_before_anything_runs(self, tmp_path, place):
+        (tmp_path / "file").write_text("")
+
+        def run(*_):
+            raise AssertionError("the model ran")
+
+        with pytest.raises(CheckpointWriteError, match=r"checkpoint_dir=.*folder that can be"):
+            fit(
+                run,
+                GateStore(GATES),
+                batches(8, 160),
+                SHORT,
+                checkpoint_dir=tmp_path / place,
+                progress=False,
+            )
+
+    def test_a_folder_is_tried_without_a_trace(self, tmp_path):
+        checkpoints.check_writable(tmp_path / "new")
+        assert not bytes_of(tmp_path / "new")
+
     def test_two_checkpoints_are_kept(self, tmp_path):
         run_fit(checkpoint_dir=tmp_path)
         assert sorted(bytes_of(tmp_path)) == ["step-000004.safetensors", "step-000006.safetensors"]
