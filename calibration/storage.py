@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -31,6 +31,7 @@ from seer_compile.errors import (
     NonFiniteGateError,
 )
 from seer_compile.gate_store import GateStore
+from seer_compile.types import is_excluded
 from seer_compile.wrappers import base_parameters, unwrap
 
 SCHEMA = 2
@@ -140,6 +141,7 @@ def load_gates(
     *,
     model: Mapping[str, Any],
     check_weights: bool = True,
+    exclude: Sequence[str] = (),
 ) -> dict[str, Any]:
     """Read gates into a store: everything is checked first, then swapped in under its lock.
 
@@ -152,6 +154,8 @@ def load_gates(
         model: :func:`fingerprint` of the model that the store belongs to.
         check_weights: Also compare samples of the model's weights; turn off to use the gates on a
             fine-tuned model.
+        exclude: Shell patterns of sites that stay dense: their gates are left in the file, so that
+            they take no share of a density.
 
     Returns:
         The calibration summary.
@@ -169,8 +173,10 @@ def load_gates(
     tensors = read_tensors(data, parsed, source=source)
     _check_finite(tensors, source)
     _check_shapes(header, tensors, source)
+    entries = header["store"]["gates"]
+    kept = [entry for entry in entries if not is_excluded(entry["name"], exclude)]
     with store.lock, torch.no_grad():
-        store.rebuild(header["store"], store.metadata.device)
+        store.rebuild({**header["store"], "gates": kept}, store.metadata.device)
         for name, gate in store.items():
             for kind in GATE_TENSORS:
                 getattr(gate, kind).copy_(tensors[f"{name}.{kind}"])

@@ -6,7 +6,6 @@ what the operators take, and a gate of its name and sizes exists or may be made.
 
 from __future__ import annotations
 
-import fnmatch
 from collections.abc import Sequence
 
 import torch
@@ -23,6 +22,7 @@ from seer_compile.types import (
     SiteSummary,
     SkipCode,
     SkipReason,
+    is_excluded,
 )
 
 MAX_HEAD_DIM = 256
@@ -72,7 +72,7 @@ def summarise(decision: SiteDecision) -> SiteSummary:
 def _first_reason(
     site: AttentionSite, proof: MaskProof, gates: GateSource | None, exclude: Sequence[str]
 ) -> SkipReason | None:
-    if any(fnmatch.fnmatchcase(site.name, pattern) for pattern in exclude):
+    if is_excluded(site.name, exclude):
         return SkipReason(SkipCode.EXCLUDED)
     if site.obstacles:
         return site.obstacles[0]

@@ -252,7 +252,10 @@ def load_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
     session = require_session(model)
     with session.gates_may_change():
         session.calibration = storage.load_gates(
-            session.store, path, model=storage.fingerprint(session.model)
+            session.store,
+            path,
+            model=storage.fingerprint(session.model),
+            exclude=session.options.exclude,
         )
         session.store.set_mode(True)
 

@@ -278,7 +278,7 @@ def _bare_backend(given: Mapping[str, Any], mode: str | None) -> SeerBackend:
         if name not in ("gates", "config", "root")
     }
     options = BackendOptions(**fields)
-    store = _store_for(given.get("gates"), given.get("config"))
+    store = _store_for(given.get("gates"), given.get("config"), options.exclude)
     if options.zero_shot and not store.is_calibrated:
         store.set_mode(True, untrained=True)
     return SeerBackend(store, root=given.get("root"), options=options, settings=inductor_mode(mode))
@@ -332,7 +332,9 @@ def _outermost_module(graph_module: GraphModule) -> str | None:
 
 
 def _store_for(
-    gates: str | os.PathLike[str] | GateStore | None, config: GateConfig | None
+    gates: str | os.PathLike[str] | GateStore | None,
+    config: GateConfig | None,
+    exclude: tuple[str, ...],
 ) -> GateStore:
     if isinstance(gates, GateStore):
         return gates
@@ -341,7 +343,9 @@ def _store_for(
         from seer_compile.calibration import storage
 
         header = storage.describe_gates(gates)
-        storage.load_gates(store, gates, model=header["model"], check_weights=False)
+        storage.load_gates(
+            store, gates, model=header["model"], check_weights=False, exclude=exclude
+        )
         store.requires_grad_(False)
         store.set_mode(True)
     return store

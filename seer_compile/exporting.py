@@ -100,7 +100,8 @@ def _store_for(
         from seer_compile.calibration import storage
 
         store = GateStore().to(device_of(model))
-        storage.load_gates(store, gates, model=storage.fingerprint(model))
+        exclude = session.options.exclude if session is not None else ()
+        storage.load_gates(store, gates, model=storage.fingerprint(model), exclude=exclude)
         store.set_mode(True)
         return store.requires_grad_(False)
     if session is None:

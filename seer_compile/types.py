@@ -8,7 +8,8 @@ c key sub-blocks, s selection heads (h, or g where a group shares one selection)
 from __future__ import annotations
 
 import enum
-from collections.abc import Mapping
+import fnmatch
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, Protocol
 
@@ -267,6 +268,11 @@ class PassResult:
     graph_module: GraphModule
     rewritten: tuple[str, ...] = ()
     """Site names that this pass changed; empty means the graph is untouched."""
+
+
+def is_excluded(site: str, patterns: Sequence[str]) -> bool:
+    """Whether a shell pattern of ``exclude=`` names a site."""
+    return any(fnmatch.fnmatchcase(site, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

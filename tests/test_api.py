@@ -28,6 +28,7 @@ from seer_compile.errors import (
     SeerInputError,
     SiteRejectedError,
 )
+from seer_compile.exporting import exported_store
 from support.models import Attention, Triangle, architecture, decoder, token_ids
 from support.rewriting import answer_sparsely
 from support.state import assert_global_state_unchanged
@@ -238,6 +239,26 @@ def test_excluded_sites_are_not_calibrated_and_take_no_share_of_a_density():
     assert abs(site.density - 0.6) < 0.08
     decisions = [site.decision for site in seer_compile.explain(model, data[0]).sites]
     assert decisions == ["sparse", "dense"]
+
+
+@torch.no_grad()
+def test_excluded_sites_are_not_loaded_and_take_no_share_of_a_density(tmp_path):
+    whole = seer_compile.optimize(decoder(), inner="eager")
+    seer_compile.calibrate(whole, batches(4, length=512), config=QUICK, density=0.6, progress=False)
+    file = tmp_path / "gates.safetensors"
+    seer_compile.save_gates(whole, file)
+    model = seer_compile.optimize(decoder(), gates=file, exclude=("layers.1",), inner="eager")
+    assert model.seer_gates.names() == ("layers.0",)
+    seer_compile.set_budget(model, density=0.6, allocation="sensitivity")
+    gate = model.seer_gates.get("layers.0")
+    budget = float(gate.budget[0, gate.budget_lengths.index(512)])
+    assert gate.curve.value_at("densities", 512, budget) == pytest.approx(0.6, abs=1e-3)
+    answer_sparsely(model.seer_gates)
+    model(token_ids(512))
+    decisions = {row.site.name: row.site.decision for row in model.seer_report().rows}
+    assert decisions == {"layers.0": "sparse", "layers.1": "dense"}
+    program = seer_compile.export(model, (token_ids(512),), gates=file)
+    assert exported_store(program).names() == ("layers.0",)
 
 
 def test_failing_pass_leaves_the_graph_as_it_came(monkeypatch):
