@@ -209,26 +209,39 @@ def _checked_fields(header: Any, source: str) -> dict[str, Any]:
 def _check_model(
     header: Mapping[str, Any], model: Mapping[str, Any], *, check_weights: bool, source: str
 ) -> None:
-    theirs = header["model"]
+    differences = fingerprint_differences(header["model"], model, check_weights=check_weights)
+    _raise_differences(differences, source)
+
+
+def fingerprint_differences(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], *, check_weights: bool = True
+) -> list[str]:
+    """Return what tells the model that gates were calibrated on from another, a line for each.
+
+    Args:
+        theirs: :func:`fingerprint` of the gates' model.
+        ours: That of the other.
+        check_weights: Also compare samples of the weights.
+    """
     differences = [
-        f"{name}: file {theirs.get(name)!r}, model {model.get(name)!r}"
+        f"{name}: {theirs.get(name)!r} against {ours.get(name)!r}"
         for name in ("architecture", "parameters")
-        if theirs.get(name) != model.get(name)
+        if theirs.get(name) != ours.get(name)
     ]
-    old, new = theirs.get("config", {}), model.get("config", {})
+    old, new = theirs.get("config", {}), ours.get("config", {})
     differences += [
-        f"{name}: file {old.get(name)!r}, model {new.get(name)!r}"
+        f"{name}: {old.get(name)!r} against {new.get(name)!r}"
         for name in sorted(set(old) | set(new))
         if old.get(name) != new.get(name)
     ]
     if check_weights:
-        differences += _weight_differences(theirs.get("weights", {}), model.get("weights", {}))
-    _raise_differences(differences, source)
+        differences += _weight_differences(theirs.get("weights", {}), ours.get("weights", {}))
+    return differences
 
 
 def _weight_differences(theirs: Mapping[str, Any], ours: Mapping[str, Any]) -> list[str]:
     # Files written before all weights were sampled name fewer than the model has.
-    differences = [f"weight {name}: in the file only" for name in sorted(set(theirs) - set(ours))]
+    differences = [f"weight {name}: no longer there" for name in sorted(set(theirs) - set(ours))]
     for name in sorted(set(theirs) & set(ours)):
         if theirs[name]["shape"] != ours[name]["shape"]:
             differences.append(

@@ -14,6 +14,7 @@ from seer_compile.backend import BackendOptions, as_names
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.errors import FeatureUnsupportedError, NothingOptimizedError
 from seer_compile.inner import InnerCompiler
+from seer_compile.provenance import Provenance, warn_if_stale
 from seer_compile.session import (
     attach,
     check_module,
@@ -158,7 +159,7 @@ def calibrate(
 
     session = require_session(model)
     base = session.model
-    device = device_of(base)
+    device, owner = device_of(base), storage.fingerprint(base)
 
     def run(batch: Any, handler: SiteHandler) -> Any:
         args, kwargs = record.split_batch(batch, device=device)
@@ -177,11 +178,11 @@ def calibrate(
             latency=latency,
             allocation=allocation,
             curve_data=curve_data,
-            model=storage.fingerprint(base),
+            model=owner,
             checkpoint_dir=checkpoint_dir,
             progress=progress,
         )
-    session.calibration = report.summary()
+    session.provenance = Provenance(calibration=report.summary(), model=owner)
     return report
 
 
@@ -225,19 +226,24 @@ def set_budget(
 def save_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write the gates of an optimized model to a safetensors file, atomically, with provenance.
 
+    The file names the model that the gates were calibrated on. Where weights have changed since,
+    it fits the model as it was then, and not as it is.
+
     Raises:
         ModelStateError: The model is not optimized, or has no gates yet.
         CheckpointWriteError: The file could not be written; an older one is intact.
+
+    Warns:
+        StaleGatesWarning: The model is no longer the one that the gates were calibrated on.
     """
     from seer_compile.calibration import storage
 
     session = require_session(model)
-    storage.save_gates(
-        session.store,
-        path,
-        model=storage.fingerprint(session.model),
-        calibration=session.calibration,
-    )
+    provenance = session.provenance
+    owner = storage.fingerprint(session.model)
+    if provenance.model is not None and warn_if_stale(provenance, session.model):
+        owner = provenance.model
+    storage.save_gates(session.store, path, model=owner, calibration=provenance.calibration)
 
 
 def load_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
@@ -251,13 +257,12 @@ def load_gates(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     session = require_session(model)
     with session.gates_may_change():
-        session.calibration = storage.load_gates(
-            session.store,
-            path,
-            model=storage.fingerprint(session.model),
-            exclude=session.options.exclude,
+        owner = storage.fingerprint(session.model)
+        summary = storage.load_gates(
+            session.store, path, model=owner, exclude=session.options.exclude
         )
         session.store.set_mode(True)
+    session.provenance = Provenance(calibration=summary, model=owner)
 
 
 def seer_report(model: nn.Module) -> SeerReport:

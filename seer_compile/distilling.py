@@ -8,6 +8,7 @@ of is returned as one number, to be added to it.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +35,8 @@ class Distillation:
         self._seen: list[SiteInputs] = []
         self._number = session.distillations
         session.distillations += 1
+        # From here on the gates learn along with the weights: they belong to those of the moment.
+        session.provenance = dataclasses.replace(session.provenance, model=None)
 
     def observe(self, inputs: SiteInputs) -> None:
         """Keep the operands of one call, if it is this model's."""

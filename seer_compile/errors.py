@@ -254,5 +254,9 @@ class SeerWarning(UserWarning):
     """Root of all warnings."""
 
 
+class StaleGatesWarning(SeerWarning):
+    """The model is no longer the one that its gates were calibrated on."""
+
+
 class DenseFallbackWarning(SeerWarning):
     """Something that could be sparse runs dense; the text says why."""

@@ -21,6 +21,7 @@ from seer_compile.backend import reject_unexpected, warn_if_uncalibrated
 from seer_compile.errors import ExportError, ModelStateError
 from seer_compile.gate_store import GateStore
 from seer_compile.graph_log import GraphLog, GraphRecord
+from seer_compile.provenance import warn_if_stale
 from seer_compile.session import STORE_NAME, Session, device_of, find_session, unplugged
 
 _METADATA = f"{STORE_NAME}.metadata"
@@ -58,6 +59,7 @@ def export(
 
     Warns:
         DenseFallbackWarning: A site stays dense, or the gates are not calibrated.
+        StaleGatesWarning: The model is no longer the one that its gates were calibrated on.
     """
     session = find_session(model)
     store = _store_for(model, session, gates)
@@ -109,6 +111,7 @@ def _store_for(
             f"{type(model).__name__} is not optimized and no gates are given",
             hint="Call seer_compile.optimize(model) first, or pass gates=FILE.",
         )
+    warn_if_stale(session.provenance, session.model)
     return copy.deepcopy(session.store)
 
 

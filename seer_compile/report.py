@@ -26,6 +26,8 @@ class SeerReport:
 
     model: str
     is_calibrated: bool
+    is_stale: bool
+    """Whether the model is no longer the one that its gates were calibrated on."""
     graphs: int
     """Graphs captured, recompiles included."""
     rows: tuple[SiteRow, ...]
@@ -46,6 +48,7 @@ class SeerReport:
     def __str__(self) -> str:
         """Return a table of the sites and their calls."""
         state = "calibrated" if self.is_calibrated else "not calibrated"
+        state += ", for other weights than these" if self.is_stale else ""
         title = f"{self.model}: {self.graphs} graphs, gates {state}"
         header = ("site", "query", "key", "visible", "decision", "reason", "graphs", "calls")
         cells = [
@@ -81,6 +84,7 @@ def build_report(session: Session) -> SeerReport:
     return SeerReport(
         model=type(session.model).__name__,
         is_calibrated=session.store.is_calibrated,
+        is_stale=bool(session.provenance.differences(session.model)),
         graphs=len(session.log.records),
         rows=tuple(SiteRow(site=site, graphs=number) for site, number in rows.items()),
         calls={name: session.calls(name) for name in sorted(names)},

@@ -1,8 +1,9 @@
 """What :func:`seer_compile.optimize` attaches to a model, and how it comes off again.
 
 Attached are: the store of the gates as submodule ``seer_gates``, this session, ``seer_report``,
-a compiled call and forward, and a hook that leaves the gates out of the model's state dict. A copy
-or an unpickled model carries a session of its own, bound to it, with a store of its own.
+a compiled call and forward, and hooks that leave the gates out of the model's state dict and look
+at weights that are loaded. A copy or an unpickled model carries a session of its own, bound to it,
+with a store of its own.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ from seer_compile.gate_store import GateStore
 from seer_compile.generation import attach_masks, detach_masks, entry_modules
 from seer_compile.graph_log import GraphLog
 from seer_compile.kernels import counters
+from seer_compile.provenance import Provenance, look_after_loading
 from seer_compile.site_runner import SiteRunner, WeakBackend, compiled_entry
 from seer_compile.types import SiteHandler
 
@@ -48,8 +50,7 @@ class Session:
     def __init__(self, model: nn.Module, store: GateStore, options: BackendOptions) -> None:
         self.store = store
         self.options = options
-        self.calibration: dict[str, Any] = {}
-        """Summary of the calibration whose gates are in the store."""
+        self.provenance = Provenance()
         self.distillations = 0
         """How often the gates' loss was asked for; draws other rows each time."""
         entries = entry_modules(model)
@@ -169,12 +170,12 @@ class Session:
             "entries": self.entries,
             "store": self.store,
             "options": self.options,
-            "calibration": self.calibration,
+            "provenance": self.provenance,
         }
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.store, self.options = state["store"], state["options"]
-        self.calibration = dict(state["calibration"])
+        self.provenance = state["provenance"]
         self.distillations = 0
         self.previous_calls = [None] * len(state["entries"])
         self._bind(state["entries"])
@@ -240,6 +241,7 @@ def attach(model: nn.Module, config: GateConfig | None, options: BackendOptions)
     model.__dict__[_SESSION] = session
     model.__dict__[_REPORT] = ReportCall(session)
     model._register_state_dict_hook(leave_gates_out)
+    model.register_load_state_dict_post_hook(look_after_loading)
     for entry in session.entries:
         attach_masks(entry)
     ignored = model.__dict__.get(_DDP_IGNORED)
@@ -259,9 +261,10 @@ def detach(model: nn.Module) -> None:
     ignored = model.__dict__.pop(_DDP_IGNORED, None)
     if isinstance(ignored, GateTensorNames) and ignored.others is not None:
         model.__dict__[_DDP_IGNORED] = ignored.others
-    hooks = model._state_dict_hooks
-    for key in [key for key, hook in hooks.items() if hook is leave_gates_out]:
-        del hooks[key]
+    for hooks in (model._state_dict_hooks, model._load_state_dict_post_hooks):
+        ours = [key for key, hook in hooks.items() if hook in (leave_gates_out, look_after_loading)]
+        for key in ours:
+            del hooks[key]
 
 
 def check_module(model: Any) -> None:

@@ -348,6 +348,7 @@ def test_restore_brings_back_everything():
     assert dict(model.named_children()) == children
     assert all(torch.equal(state[key], value) for key, value in model.state_dict().items())
     assert not model._state_dict_hooks
+    assert not model._load_state_dict_post_hooks
     assert model(tokens) == "compiled before"
     with pytest.raises(ModelStateError):
         seer_compile.restore(model)
