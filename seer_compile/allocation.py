@@ -38,8 +38,8 @@ def allocate(
     found best. ``equal_marginal`` spends them where the measured captured mass
     rises fastest. ``equal_budget`` gives every site the same budget of the selector. No exchange
     of blocks between two sites would improve the sum of ``sensitivity`` or ``equal_marginal``,
-    and neither gives a site blocks that no budget of its selector keeps while another can use
-    them.
+    and neither gives a site less than its selector keeps anyway, or blocks that no budget of it
+    keeps while another can use them.
 
     Args:
         curves: Measured curve of each site.
@@ -70,10 +70,11 @@ def allocate(
         return _densities_at_one_budget(curves, density, length)
     if allocation == "equal_marginal":
         return _spend({name: _lost_mass(curve, length) for name, curve in curves.items()}, density)
+    least = least_densities(curves, length)
     reach = {name: curve.reachable_density(length) for name, curve in curves.items()}
     return _spend(
         {
-            name: _divergence(curve, length, reach[name])
+            name: _divergence(curve, length, least[name], reach[name])
             for name, curve in known.items()
             if curve is not None
         },
@@ -187,8 +188,8 @@ def _lost_mass(curve: BudgetCurve, length: float) -> _Points:
     return points if curve.reachable_density(length) == 1 else points[:-1]
 
 
-def _divergence(curve: SensitivityCurve, length: float, reach: float) -> _Points:
-    least = curve.least_density(length)
+def _divergence(curve: SensitivityCurve, length: float, least: float, reach: float) -> _Points:
+    least = max(least, curve.least_density(length))
     grid = np.geomspace(least, max(reach, least), _GRID_POINTS)
     return list(zip(grid.tolist(), curve.at(length, grid).tolist(), strict=True))
 

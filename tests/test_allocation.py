@@ -13,7 +13,7 @@ from seer_compile.gate_store import GateStore
 from seer_compile.sensitivity import SensitivityCurve
 
 
-def curve(masses, densities=(0.05, 0.2, 1.0), budgets=(0.5, 0.9, 1.0)):
+def curve(masses, densities=(0.02, 0.2, 1.0), budgets=(0.5, 0.9, 1.0)):
     return BudgetCurve(
         selector="top_p",
         lengths=(2048,),
@@ -210,6 +210,12 @@ class TestStore:
         for name, gate in store.items():
             expected = CURVES[name].budget_for(2048, density=0.1)
             assert float(gate.budget_at(2048)[0]) == pytest.approx(expected, abs=1e-9)
+
+    def test_no_site_gets_less_than_every_selection_keeps(self):
+        known = {name: sensitivity((1e-6,) * 5, (0.001, 0.05, 0.1, 0.2, 0.5)) for name in CURVES}
+        shares = allocate(CURVES, 0.1, length=2048, sensitivities=known)
+        assert min(shares.values()) >= 0.02
+        assert sum(shares.values()) / 3 == pytest.approx(0.1)
 
     def test_an_allocation_that_would_be_ignored_is_refused(self):
         with pytest.raises(SeerInputError, match="allocation"):
