@@ -214,6 +214,10 @@ def set_budget(
         SeerInputError: Not exactly one target is given, or it is out of range.
         ModelStateError: The model is not optimized, has no gates yet, or no curve that translates
             the target.
+
+    Warns:
+        DensityNotReachedWarning: What every selection keeps is more than ``density``; the least
+            stands, and the warning says what that is at each measured length.
     """
     from seer_compile.exporting import exported_store
 

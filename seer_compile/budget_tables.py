@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import functools
+import statistics
+import warnings
 from collections.abc import Callable, Mapping
 
 from seer_compile.allocation import Allocation, allocate
 from seer_compile.budget_curve import BudgetCurve, check_reachable
 from seer_compile.config import GateConfig
-from seer_compile.errors import ModelStateError
+from seer_compile.errors import DensityNotReachedWarning, ModelStateError
 from seer_compile.gate import BUDGET_LENGTHS
 from seer_compile.latency import density_for_time
 from seer_compile.sensitivity import SensitivityCurve
 from seer_compile.shares import ShareTable
+
+# Between measured budgets densities are interpolated.
+_REACHED_WITHIN = 0.05
 
 
 def budget_tables(
@@ -47,6 +52,9 @@ def budget_tables(
         ModelStateError: No gate has a curve, and the target is not the selector's own unit; or
             the allocation needs sensitivities that were not measured.
         NotConvergedError: No budget keeps the error within ``max_error``, or is fast enough.
+
+    Warns:
+        DensityNotReachedWarning: What every selection keeps is more than ``density``.
     """
     known = {name: curve for name, curve in curves.items() if curve is not None}
     if not known:
@@ -56,7 +64,7 @@ def budget_tables(
         }
     if target == "max_error":
         check_reachable(known, value)
-    longest = max(length for curve in known.values() for length in curve.lengths)
+    measured = sorted({length for curve in known.values() for length in curve.lengths})
 
     def shared(density: float, length: int) -> dict[str, float]:
         return allocate(
@@ -77,14 +85,44 @@ def budget_tables(
             density = density_for_time(
                 value,
                 functools.partial(_time_at, shared, time_of, length),
-                must_reach=length >= longest,
+                must_reach=length >= measured[-1],
                 length=length,
             )
             shares = shared(density, length)
         unit = "density" if shares else target
         for name, curve in known.items():
             tables[name].append(curve.budget_at(length, unit, shares.get(name, value)))
+    if target == "density":
+        _warn_of_floors(known, value, {length: shared(value, length) for length in measured})
     return tables
+
+
+def _warn_of_floors(
+    curves: Mapping[str, BudgetCurve], asked: float, shares: Mapping[int, Mapping[str, float]]
+) -> None:
+    """Compare the density that was asked for with the one that the curves give, per length."""
+    reached: dict[int, float] = {}
+    for length, by_site in shares.items():
+        budgets = {
+            name: curve.budget_for(length, density=by_site[name]) for name, curve in curves.items()
+        }
+        found = [
+            curve.value_at("densities", length, budgets[name]) for name, curve in curves.items()
+        ]
+        if statistics.fmean(found) > asked * (1 + _REACHED_WITHIN):
+            reached[length] = statistics.fmean(found)
+    if not reached:
+        return
+    listed = ", ".join(f"{density:.3g} at {length:,} tokens" for length, density in reached.items())
+    warnings.warn(
+        DensityNotReachedWarning(
+            f"density={asked:g} is not reached: what every selection keeps (the query's own block, "
+            f"the first and the best) makes {listed}. Longer inputs reach less.",
+            asked=asked,
+            reached=reached,
+        ),
+        stacklevel=4,
+    )
 
 
 def _time_at(

@@ -254,6 +254,23 @@ class SeerWarning(UserWarning):
     """Root of all warnings."""
 
 
+class DensityNotReachedWarning(SeerWarning):
+    """What every selection keeps is more than the density that was asked for.
+
+    Args:
+        message: The text.
+        asked: Kept / visible blocks asked for, mean over the sites.
+        reached: What is kept instead, by key tokens: the measured lengths above the asked density.
+    """
+
+    def __init__(
+        self, message: str, *, asked: float | None = None, reached: dict[int, float] | None = None
+    ) -> None:
+        self.asked = asked
+        self.reached = dict(reached or {})
+        super().__init__(message)
+
+
 class StaleGatesWarning(SeerWarning):
     """The model is no longer the one that its gates were calibrated on."""
 

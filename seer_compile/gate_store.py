@@ -197,6 +197,9 @@ class GateStore(nn.Module):
             ModelStateError: There are no gates, none has a curve that translates the target, or
                 sensitivities are asked for that were not measured.
             NotConvergedError: No budget keeps the error within ``max_error``, or is fast enough.
+
+        Warns:
+            DensityNotReachedWarning: What every selection keeps is more than ``density``.
         """
         targets = {"density": density, "mass": mass, "max_error": max_error, "latency": latency}
         given = {name: value for name, value in targets.items() if value is not None}

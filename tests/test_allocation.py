@@ -8,7 +8,12 @@ import torch
 
 from seer_compile.allocation import ALLOCATIONS, allocate, choose_allocation
 from seer_compile.budget_curve import BudgetCurve
-from seer_compile.errors import ModelStateError, RangeError, SeerInputError
+from seer_compile.errors import (
+    DensityNotReachedWarning,
+    ModelStateError,
+    RangeError,
+    SeerInputError,
+)
 from seer_compile.gate_store import GateStore
 from seer_compile.sensitivity import SensitivityCurve
 
@@ -41,6 +46,8 @@ SENSITIVITIES = {
     "hard": sensitivity((0.9, 0.4, 0.15, 0.05, 0.01)),
     "convex": sensitivity((0.05, 0.03, 0.02, 0.01, 0.001)),
 }
+
+NOT_SEARCHED = [allocation for allocation in ALLOCATIONS if allocation != "searched"]
 
 
 def captured(shares):
@@ -204,6 +211,12 @@ class TestStore:
         other.load_state_dict(store.state_dict())
         assert {name: gate.sensitivity for name, gate in other.items()} == SENSITIVITIES
 
+    def test_no_site_gets_less_than_every_selection_keeps(self):
+        known = {name: sensitivity((1e-6,) * 5, (0.001, 0.05, 0.1, 0.2, 0.5)) for name in CURVES}
+        shares = allocate(CURVES, 0.1, length=2048, sensitivities=known)
+        assert min(shares.values()) >= 0.02
+        assert sum(shares.values()) / 3 == pytest.approx(0.1)
+
     def test_without_them_every_site_gets_the_same(self):
         store = self.store()
         store.set_budget(density=0.1)
@@ -211,11 +224,30 @@ class TestStore:
             expected = CURVES[name].budget_for(2048, density=0.1)
             assert float(gate.budget_at(2048)[0]) == pytest.approx(expected, abs=1e-9)
 
-    def test_no_site_gets_less_than_every_selection_keeps(self):
-        known = {name: sensitivity((1e-6,) * 5, (0.001, 0.05, 0.1, 0.2, 0.5)) for name in CURVES}
-        shares = allocate(CURVES, 0.1, length=2048, sensitivities=known)
-        assert min(shares.values()) >= 0.02
-        assert sum(shares.values()) / 3 == pytest.approx(0.1)
+    @pytest.mark.parametrize("allocation", NOT_SEARCHED)
+    def test_a_density_below_what_every_selection_keeps_says_what_is_reached(self, allocation):
+        store = self.store(**SENSITIVITIES)
+        with pytest.warns(DensityNotReachedWarning, match=r"density=0\.001 .* tokens") as caught:
+            store.set_budget(density=0.001, allocation=allocation)
+        warning = caught[0].message
+        assert isinstance(warning, DensityNotReachedWarning)
+        assert warning.asked == 0.001
+        lengths = {length for known in CURVES.values() for length in known.lengths}
+        assert set(warning.reached) == lengths
+        for length, reached in warning.reached.items():
+            kept = [
+                gate.curve.value_at("densities", length, float(gate.budget_at(length)[0]))
+                for _, gate in store.items()
+            ]
+            assert reached == pytest.approx(sum(kept) / len(kept), rel=1e-6)
+
+    @pytest.mark.filterwarnings("error")
+    def test_densities_that_are_reached_are_set_without_a_word(self):
+        store = self.store(**SENSITIVITIES)
+        store.set_budget(density=0.02, allocation="uniform")  # just what every selection keeps
+        for density in (0.3, 0.5, 1.0):
+            for allocation in NOT_SEARCHED:
+                store.set_budget(density=density, allocation=allocation)
 
     def test_an_allocation_that_would_be_ignored_is_refused(self):
         with pytest.raises(SeerInputError, match="allocation"):
