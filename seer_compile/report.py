@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,8 +33,10 @@ class SeerReport:
     """Graphs captured, recompiles included."""
     rows: tuple[SiteRow, ...]
     calls: dict[str, dict[str, int]]
-    """Per site: how many calls since :func:`optimize` took which path: ``sparse``, or
-    ``dense:`` and why."""
+    """Per site, in all its situations: how many calls since :func:`optimize` took which path,
+    ``sparse``, or ``dense:`` and why."""
+    shared_gates: dict[str, int]
+    """Sites that several calls in one graph share, and so one gate: how many calls."""
     uncompiled_calls: int
     """Calls of the model that PyTorch ran without any graph, so with dense attention."""
     errors: tuple[str, ...]
@@ -52,7 +55,8 @@ class SeerReport:
         title = f"{self.model}: {self.graphs} graphs, gates {state}"
         header = ("site", "query", "key", "visible", "decision", "reason", "graphs", "calls")
         cells = [
-            (*site_cells(row.site), str(row.graphs), self._calls(row.site)) for row in self.rows
+            (*site_cells(row.site), str(row.graphs), calls)
+            for row, calls in zip(self.rows, self._call_cells(), strict=True)
         ]
         lines = [title, render_table(header, cells)]
         if self.uncompiled_calls:
@@ -60,9 +64,14 @@ class SeerReport:
         lines += [f"compiled as it came: {error}" for error in self.errors]
         return "\n".join(lines)
 
-    def _calls(self, site: SiteSummary) -> str:
-        paths = self.calls.get(site.name, {}) if site.decision == "sparse" else {}
-        return ", ".join(f"{number} {path}" for path, number in sorted(paths.items()))
+    def _call_cells(self) -> Iterator[str]:
+        """Yield a cell per row: calls are counted per site, so its first sparse row shows them."""
+        shown: set[str] = set()
+        for site in (row.site for row in self.rows):
+            paths = self.calls.get(site.name, {}) if site.decision == "sparse" else {}
+            calls = ", ".join(f"{number} {path}" for path, number in sorted(paths.items()))
+            yield "(above)" if calls and site.name in shown else calls
+            shown |= {site.name} if calls else set()
 
 
 def site_cells(site: SiteSummary) -> tuple[str, ...]:
@@ -73,21 +82,26 @@ def site_cells(site: SiteSummary) -> tuple[str, ...]:
 
 def build_report(session: Session) -> SeerReport:
     """Return the report of one model at this moment."""
-    rows: dict[SiteSummary, int] = {}
+    rows: dict[str, dict[SiteSummary, int]] = {}
     seconds: dict[str, float] = {}
     for record in session.log.records:
-        for site in record.sites:
-            rows[site] = rows.get(site, 0) + 1
+        # Several calls of one module in a graph are one row of it.
+        for site in dict.fromkeys(record.sites):
+            graphs = rows.setdefault(site.name, {})
+            graphs[site] = graphs.get(site, 0) + 1
         for name, time in record.seconds.items():
             seconds[name] = seconds.get(name, 0.0) + time
-    names = {site.name for site in rows}
     return SeerReport(
         model=type(session.model).__name__,
         is_calibrated=session.store.is_calibrated,
         is_stale=bool(session.provenance.differences(session.model)),
         graphs=len(session.log.records),
-        rows=tuple(SiteRow(site=site, graphs=number) for site, number in rows.items()),
-        calls={name: session.calls(name) for name in sorted(names)},
+        rows=tuple(
+            SiteRow(site=site, graphs=number)
+            for graphs in rows.values()
+            for site, number in graphs.items()
+        ),
+        calls={name: session.calls(name) for name in sorted(rows)},
         uncompiled_calls=session.log.uncompiled_calls,
         errors=tuple(record.error for record in session.log.records if record.error),
         pass_seconds=seconds,

@@ -493,6 +493,24 @@ def test_report_counts_this_models_calls_only():
     assert seer_compile.seer_report(nn.ModuleList([second])).calls == report.calls
 
 
+@torch.no_grad()
+def test_report_shows_the_calls_of_a_site_once_and_its_situations_together():
+    """Calls are counted per site: on every row they would be read as that many each."""
+    model = optimized()
+    for length in (1, 100, 150, 200, 1):
+        model(token_ids(length))
+    model(token_ids(100, batch=2))
+    report = model.seer_report()
+    assert report.calls == {name: {"sparse": 4} for name in SITES}
+    names = [row.site.name for row in report.rows]
+    assert names == sorted(names)
+    assert names.count("layers.0") > 2
+    assert {row.graphs for row in report.rows} == {1}
+    assert str(report).count("4 sparse") == len(SITES)
+    sparse_rows = sum(row.site.decision == "sparse" for row in report.rows)
+    assert str(report).count("(above)") == sparse_rows - len(SITES)
+
+
 def test_gradients_reach_the_model_and_not_the_gates():
     model, tokens = optimized(), token_ids(150)
     seer_compile.set_budget(model, mass=1.0)
