@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from seer_compile.report import site_cells
+from seer_compile.report import count_sharing, sharing_lines, site_cells
 from seer_compile.session import check_module, device_of, evaluation_mode, find_session
 from seer_compile.site_runner import SiteRunner
 from seer_compile.table import render_table
@@ -33,6 +33,11 @@ class Explanation:
         """Sites that can be sparse."""
         return sum(site.decision == "sparse" for site in self.sites)
 
+    @property
+    def shared_gates(self) -> dict[str, int]:
+        """Sites that several calls of the forward share, and so one gate: how many calls."""
+        return count_sharing(self.sites)
+
     def to_dict(self) -> dict[str, Any]:
         """Return plain data for JSON."""
         return dataclasses.asdict(self)
@@ -44,7 +49,8 @@ class Explanation:
             f"({self.graphs} graph{'' if self.graphs == 1 else 's'})"
         )
         header = ("site", "query", "key", "visible", "decision", "reason")
-        return "\n".join([title, render_table(header, [site_cells(site) for site in self.sites])])
+        table = render_table(header, [site_cells(site) for site in self.sites])
+        return "\n".join([title, table, *sharing_lines(self.shared_gates)])
 
 
 def explain(

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +59,7 @@ class SeerReport:
             (*site_cells(row.site), str(row.graphs), calls)
             for row, calls in zip(self.rows, self._call_cells(), strict=True)
         ]
-        lines = [title, render_table(header, cells)]
+        lines = [title, render_table(header, cells), *sharing_lines(self.shared_gates)]
         if self.uncompiled_calls:
             lines.append(f"{self.uncompiled_calls} calls ran uncompiled, with dense attention")
         lines += [f"compiled as it came: {error}" for error in self.errors]
@@ -80,11 +81,28 @@ def site_cells(site: SiteSummary) -> tuple[str, ...]:
     return (site.name, *shapes, site.visibility, site.decision, site.reason)
 
 
+def count_sharing(sites: Iterable[SiteSummary]) -> dict[str, int]:
+    """Return how many calls of one forward or graph are one sparse site, where that is several."""
+    calls = Counter(site.name for site in sites if site.decision == "sparse")
+    return {name: number for name, number in calls.items() if number > 1}
+
+
+def sharing_lines(shared: Mapping[str, int]) -> list[str]:
+    """Say of each shared gate what it follows from."""
+    return [
+        f"{number} calls share the one gate of {name}, as one module makes them: modules of "
+        "their own would have a gate each"
+        for name, number in shared.items()
+    ]
+
+
 def build_report(session: Session) -> SeerReport:
     """Return the report of one model at this moment."""
     rows: dict[str, dict[SiteSummary, int]] = {}
     seconds: dict[str, float] = {}
+    shared: Counter[str] = Counter()
     for record in session.log.records:
+        shared |= Counter(count_sharing(record.sites))
         # Several calls of one module in a graph are one row of it.
         for site in dict.fromkeys(record.sites):
             graphs = rows.setdefault(site.name, {})
@@ -102,6 +120,7 @@ def build_report(session: Session) -> SeerReport:
             for site, number in graphs.items()
         ),
         calls={name: session.calls(name) for name in sorted(rows)},
+        shared_gates=dict(shared),
         uncompiled_calls=session.log.uncompiled_calls,
         errors=tuple(record.error for record in session.log.records if record.error),
         pass_seconds=seconds,

@@ -99,6 +99,10 @@ def test_module_called_several_times_has_one_gate():
         model(x[:, :length])
     assert model.seer_gates.names() == ("shared", "last")
     assert model.seer_report().calls == {"shared": {"sparse": 4}, "last": {"sparse": 2}}
+    for found in (model.seer_report(), seer_compile.explain(model, torch.randn(1, 100, 32))):
+        assert found.shared_gates == {"shared": 2}
+        assert "2 calls share the one gate of shared" in str(found)
+        assert "gate of last" not in str(found)
 
 
 @torch.no_grad()
