@@ -1,0 +1,49 @@
+"""Calls from several threads, while another one sets budgets, looks, saves and loads."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from seer_compile.real_tensors import real_tensors
+
+
+def test_leaving_modes_in_one_thread_leaves_the_trace_of_another_alone():
+    """PyTorch keeps the stack of pre-dispatch modes once for all threads."""
+    is_traced = threading.Event()
+
+    def write_metadata(has_begun):
+        with real_tensors():
+            has_begun.set()
+            assert is_traced.wait(60)
+
+    def traced(x):
+        has_begun = threading.Event()
+        threads.append(threading.Thread(target=write_metadata, args=(has_begun,)))
+        threads[0].start()
+        assert has_begun.wait(60)
+        return x * 2
+
+    threads: list[threading.Thread] = []
+    try:
+        graph = make_fx(traced, pre_dispatch=True)(torch.ones(3)).graph
+    finally:
+        is_traced.set()
+        threads[0].join()
+    called = [node.target for node in graph.nodes if node.op == "call_function"]
+    assert called == [torch.ops.aten.mul.Tensor]
+
+
+def test_modes_of_the_own_thread_are_left():
+    def traced(x):
+        with real_tensors():
+            made.append(torch.ones(3) * 2)
+        return x * 2
+
+    for pre_dispatch in (False, True):
+        made: list[torch.Tensor] = []
+        graph = make_fx(traced, pre_dispatch=pre_dispatch, tracing_mode="fake")(torch.ones(3)).graph
+        assert type(made[0]) is torch.Tensor
+        assert sum(node.op == "call_function" for node in graph.nodes) == 1
