@@ -27,7 +27,13 @@ from seer_compile.errors import (
 )
 from seer_compile.gate_store import GateStore
 from seer_compile.graph_log import GraphLog, GraphRecord, is_unexpected
-from seer_compile.inner import InnerCompiler, check_inner, compile_graph, inductor_mode
+from seer_compile.inner import (
+    InnerCompiler,
+    check_inner,
+    compile_graph,
+    hold_gates_apart,
+    inductor_mode,
+)
 from seer_compile.types import SiteSummary
 
 if TYPE_CHECKING:
@@ -134,6 +140,7 @@ class SeerBackend:
         from seer_compile.passes.frames import pin_frame
 
         pin_frame(graph_module)
+        hold_gates_apart(result.graph_module)
         compiled = compile_graph(
             result.graph_module,
             example_inputs,

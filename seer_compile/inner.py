@@ -6,9 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import nn
 from torch.fx import GraphModule
 
 from seer_compile.errors import RangeError
+from seer_compile.gate import AttnGate
 
 InnerCompiler = str | Callable[[GraphModule, list[Any]], Callable[..., Any]]
 """Name of a Dynamo backend (``inductor``, ``aot_eager``, ``eager``), or one itself."""
@@ -57,6 +59,25 @@ def compile_graph(
     if identity is not None:
         patches |= inductor_settings(identity)
     return compile_fx(graph_module, inputs, config_patches=patches or None)  # type: ignore[return-value]
+
+
+def hold_gates_apart(graph_module: GraphModule) -> None:
+    """Let a graph hold the tensors of its gates in modules of its own, in place.
+
+    While AOTAutograd traces, its tracers stand in the place of a module's tensors. In the gates
+    themselves, other threads that set a budget or save would meet them.
+    """
+    gates = [
+        (path, module)
+        for path, module in graph_module.named_modules()
+        if isinstance(module, AttnGate)
+    ]
+    for path, gate in gates:
+        holder = nn.Module()
+        holder._parameters.update(gate._parameters)
+        holder._buffers.update(gate._buffers)
+        parent, _, name = path.rpartition(".")
+        setattr(graph_module.get_submodule(parent), name, holder)
 
 
 def inductor_mode(mode: str | None) -> dict[str, Any]:

@@ -7,7 +7,9 @@ import threading
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import seer_compile
 from seer_compile.real_tensors import real_tensors
+from support.models import decoder, token_ids
 
 
 def test_leaving_modes_in_one_thread_leaves_the_trace_of_another_alone():
@@ -47,3 +49,22 @@ def test_modes_of_the_own_thread_are_left():
         graph = make_fx(traced, pre_dispatch=pre_dispatch, tracing_mode="fake")(torch.ones(3)).graph
         assert type(made[0]) is torch.Tensor
         assert sum(node.op == "call_function" for node in graph.nodes) == 1
+
+
+def test_a_compiler_gets_the_gates_tensors_in_modules_of_the_graph():
+    """It may put tracers in their place for a while, which no other thread shall meet."""
+    handed = []
+
+    def compiler(graph_module, _):
+        handed.append(graph_module)
+        return graph_module.forward
+
+    model = seer_compile.optimize(decoder(), zero_shot=True, inner=compiler)
+    with torch.no_grad():
+        model(token_ids(200))
+    (graph_module,) = handed
+    gates = dict(model.seer_gates.items())
+    assert not set(gates.values()) & set(graph_module.modules())
+    held = {id(tensor) for tensor in (*graph_module.parameters(), *graph_module.buffers())}
+    for gate in gates.values():
+        assert {id(gate.query_weight), id(gate.budget), id(gate.mode)} <= held
