@@ -111,21 +111,22 @@ def save_gates(
         raise ModelStateError(
             "there are no gates to save", hint="Run the optimized model or calibrate it first."
         )
-    tensors = {
-        f"{name}.{kind}": getattr(gate, kind)
-        for name, gate in store.items()
-        for kind in GATE_TENSORS
-    }
-    _check_finite(tensors, os.fspath(path))
-    header = {
-        "format": "seer_compile gates",
-        "library": importlib.metadata.version("seer_compile"),
-        "model": dict(model),
-        "sites": list(store.names()),
-        "store": store.describe(),
-        "calibration": dict(calibration or {}),
-    }
-    data = encode(tensors, header, schema=SCHEMA)
+    with store.lock:
+        tensors = {
+            f"{name}.{kind}": getattr(gate, kind)
+            for name, gate in store.items()
+            for kind in GATE_TENSORS
+        }
+        _check_finite(tensors, os.fspath(path))
+        header = {
+            "format": "seer_compile gates",
+            "library": importlib.metadata.version("seer_compile"),
+            "model": dict(model),
+            "sites": list(store.names()),
+            "store": store.describe(),
+            "calibration": dict(calibration or {}),
+        }
+        data = encode(tensors, header, schema=SCHEMA)
     try:
         write_verified(path, data, check=lambda found: _decode(found, os.fspath(path)))
     except OSError as cause:
@@ -169,7 +170,8 @@ def load_gates(
     parsed = parse_header(data, schema=SCHEMA, source=source)
     header = _checked_fields(parsed.header, source)
     _check_model(header, model, check_weights=check_weights, source=source)
-    _check_sites(store, header, source)
+    with store.lock:
+        _check_sites(store, header, source)
     tensors = read_tensors(data, parsed, source=source)
     _check_finite(tensors, source)
     _check_shapes(header, tensors, source)

@@ -79,13 +79,14 @@ class GateStore(nn.Module):
 
     @property
     def lock(self) -> threading.RLock:
-        """Held while gates are created or swapped."""
+        """Held while gates are created, swapped or saved."""
         return self._lock
 
     @property
     def is_calibrated(self) -> bool:
         """Whether there are gates and all of them are trained."""
-        return bool(self._names) and all(gate.is_trained for _, gate in self.items())
+        gates = [gate for _, gate in self.items()]
+        return bool(gates) and all(gate.is_trained for gate in gates)
 
     def names(self) -> tuple[str, ...]:
         """Return the site names in the order of creation."""
@@ -93,13 +94,15 @@ class GateStore(nn.Module):
 
     def get(self, name: str) -> AttnGate | None:
         """Return the gate of a site, or None."""
-        key = self._names.get(name)
-        return None if key is None else self._gate(key)
+        with self._lock:
+            key = self._names.get(name)
+            return None if key is None else self._gate(key)
 
     def items(self) -> Iterator[tuple[str, AttnGate]]:
         """Iterate over site names and gates in the order of creation."""
-        for name, key in list(self._names.items()):
-            yield name, self._gate(key)
+        with self._lock:
+            found = [(name, self._gate(key)) for name, key in self._names.items()]
+        yield from found
 
     def get_or_create(
         self,

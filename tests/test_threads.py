@@ -8,8 +8,17 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import seer_compile
+from seer_compile.calibration import storage
+from seer_compile.gate_store import GateStore
 from seer_compile.real_tensors import real_tensors
 from support.models import decoder, token_ids
+
+
+def store_of(*names):
+    store = GateStore()
+    for name in names:
+        store.get_or_create(name, heads=2, kv_heads=1, head_dim=8)
+    return store
 
 
 def test_leaving_modes_in_one_thread_leaves_the_trace_of_another_alone():
@@ -68,3 +77,30 @@ def test_a_compiler_gets_the_gates_tensors_in_modules_of_the_graph():
     held = {id(tensor) for tensor in (*graph_module.parameters(), *graph_module.buffers())}
     for gate in gates.values():
         assert {id(gate.query_weight), id(gate.budget), id(gate.mode)} <= held
+
+
+def test_gates_are_saved_whole_while_others_are_loaded(tmp_path):
+    files = {}
+    for names in (("a", "b"), ("c",)):
+        files[names] = tmp_path / f"{names[0]}.safetensors"
+        storage.save_gates(store_of(*names), files[names], model={})
+    is_over = threading.Event()
+
+    def load():
+        # Into stores without gates of other names: a rebuild drops and adds gates.
+        while not is_over.is_set():
+            for file in files.values():
+                store.rebuild(storage.describe_gates(file)["store"], "cpu")
+
+    store = store_of("a", "b")
+    thread = threading.Thread(target=load)
+    thread.start()
+    try:
+        for number in range(60):
+            file = tmp_path / f"{number}.safetensors"
+            storage.save_gates(store, file, model={})
+            assert tuple(storage.describe_gates(file)["sites"]) in files
+            assert not store.is_calibrated
+    finally:
+        is_over.set()
+        thread.join()
