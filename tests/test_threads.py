@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import random
 import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
+import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import seer_compile
 from seer_compile.calibration import storage
+from seer_compile.errors import SeerWarning
 from seer_compile.gate_store import GateStore
 from seer_compile.real_tensors import real_tensors
+from seer_compile.session import find_session
 from support.models import decoder, token_ids
+from support.rewriting import answer_sparsely
 
 
 def store_of(*names):
@@ -104,3 +111,44 @@ def test_gates_are_saved_whole_while_others_are_loaded(tmp_path):
     finally:
         is_over.set()
         thread.join()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+def test_four_threads_call_while_verbs_run(tmp_path, inner):
+    model = seer_compile.optimize(decoder(), example=token_ids(80), zero_shot=True, inner=inner)
+    answer_sparsely(model.seer_gates)
+    seer_compile.set_budget(model, mass=1.0)
+    expected = {length: type(model).forward(model, token_ids(length)) for length in (90, 200, 333)}
+    is_over = threading.Event()
+
+    def call(seed):
+        draw, calls = random.Random(seed), 0
+        while not is_over.is_set():
+            length = draw.choice(list(expected))
+            with torch.no_grad():
+                got = model(token_ids(length))
+            assert torch.allclose(got, expected[length], atol=1e-5)
+            calls += 1
+        return calls
+
+    def run_verbs():
+        try:
+            for _ in range(3):
+                find_session(model).renew()  # graphs are captured while the verbs run
+                for _ in range(10):
+                    seer_compile.set_budget(model, mass=1.0)
+                    seer_compile.seer_report(model)
+                    seer_compile.save_gates(model, tmp_path / "gates.safetensors")
+                seer_compile.explain(model, token_ids(100))
+        finally:
+            is_over.set()
+
+    with warnings.catch_warnings(), ThreadPoolExecutor(5) as pool:
+        warnings.simplefilter("error", SeerWarning)
+        callers = [pool.submit(call, seed) for seed in range(4)]
+        verbs = pool.submit(run_verbs)
+    verbs.result()
+    assert all(caller.result() > 0 for caller in callers)
+    assert not model.seer_report().errors
+    assert not model.seer_report().uncompiled_calls
