@@ -330,6 +330,24 @@ class TestResume:
         assert resumed == report
         assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
 
+    def test_a_fused_optimizer_goes_on_with_the_same_bits(self, tmp_path, monkeypatch):
+        """On a GPU the optimizer is fused and keeps its step count beside the moments."""
+        plain = torch.optim.AdamW
+        with monkeypatch.context() as fusing:
+            fusing.setattr(
+                torch.optim,
+                "AdamW",
+                lambda *args, **options: plain(*args, **options | {"fused": True}),
+            )
+            expected, report = run_fit(checkpoint_dir=tmp_path / "whole")
+            with monkeypatch.context() as patch:
+                self.interrupt_at(3, patch)
+                with pytest.raises(KeyboardInterrupt):
+                    run_fit(checkpoint_dir=tmp_path / "parts")
+            store, resumed = run_fit(checkpoint_dir=tmp_path / "parts")
+        assert_equal_states(state_of(store), state_of(expected))
+        assert resumed == report
+
     def test_finished_run_is_not_trained_again(self, tmp_path, monkeypatch):
         store, report = run_fit(checkpoint_dir=tmp_path)
         self.interrupt_at(0, monkeypatch)
