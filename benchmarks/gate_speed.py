@@ -79,6 +79,7 @@ def scoring_rows(
         tiling(128, 64, 8, 4, 3 * multiprocessors, 80, True),
         tiling(128, 128, 8, 3, multiprocessors, 255, True),
         tiling(64, 128, 4, 3, 3 * multiprocessors, 168, True),
+        tiling(64, 128, 4, 3, 4 * multiprocessors, 128, True),
         tiling(256, 128, 16, 3, multiprocessors, 128, True),
         tiling(256, 128, 8, 3, multiprocessors, 255, True),
         tiling(128, 128, 8, 3, 2 * multiprocessors, 128, False),
