@@ -114,6 +114,10 @@ def test_gates_are_saved_whole_while_others_are_loaded(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(
+    torch.__version__ < (2, 12),
+    reason="a capture of torch 2.11 replaces the call of every module in every thread",
+)
 @pytest.mark.parametrize("inner", ["eager", "aot_eager"])
 def test_four_threads_call_while_verbs_run(tmp_path, inner):
     model = seer_compile.optimize(decoder(), example=token_ids(80), zero_shot=True, inner=inner)
