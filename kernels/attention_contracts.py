@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from seer_compile.errors import ShapeError
-from seer_compile.kernels import blockwise, by_device
+from seer_compile.kernels import by_device
 from seer_compile.kernels.checks import (
     check_attention,
     check_blocks,
@@ -29,9 +29,6 @@ from seer_compile.kernels.contracts import DEVICES, NAMESPACE, visibility_of
 from seer_compile.kernels.gated_attention import empty_token_major
 from seer_compile.kernels.sinks import check_sinks, sinks_gradient
 from seer_compile.types import BlockSelection, Visibility
-
-_BEFORE_SOFTCAP = 11
-"""Arguments from the selection to the documents, in the operators' order."""
 
 
 def fake_attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
@@ -103,7 +100,9 @@ def _check(
     return visibility
 
 
-@custom_op(f"{NAMESPACE}::block_sparse_attention_backward.v1", mutates_args=(), device_types="cpu")
+@custom_op(
+    f"{NAMESPACE}::block_sparse_attention_backward.v1", mutates_args=(), device_types=DEVICES
+)
 def block_sparse_attention_backward(
     grad_out: Tensor,
     query: Tensor,
@@ -124,34 +123,15 @@ def block_sparse_attention_backward(
     key_documents: Tensor | None = None,
     softcap: float | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """CPU kernel."""
+    """Both devices."""
     readable = (upper, lower, offset, key_padding, query_documents, key_documents)
-    sizes = (scale, query_block, key_block)
-    visibility = _check(query, key, value, indices, counts, *sizes, *readable)
+    arguments = (query, key, value, indices, counts, scale, query_block, key_block, *readable)
+    visibility = _check(*arguments)
     check_results(query, value, grad_out=grad_out, out=out, lse=lse)
     check_softcap(softcap)
-    results = (grad_out, query, key, value, out, lse, indices, counts)
-    return blockwise.attention_backward(*results, *sizes, visibility, softcap)
-
-
-@block_sparse_attention_backward.register_kernel("cuda")
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    *rest: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    from seer_compile.kernels.triton import attention_backward as kernel
-
-    # The dispatcher leaves out trailing defaults.
-    rest, softcap = rest[:_BEFORE_SOFTCAP], next(iter(rest[_BEFORE_SOFTCAP:]), None)
-    _check(query, key, value, *rest)
-    check_results(query, value, grad_out=grad_out, out=out, lse=lse)
-    check_softcap(softcap)
-    return kernel.launch(grad_out, query, key, value, out, lse, *rest, softcap=softcap)
+    operands = (grad_out, query, key, value, out, lse, (indices, counts), scale)
+    blocks = (query_block, key_block)
+    return by_device.block_sparse_attention_backward(*operands, blocks, visibility, softcap)
 
 
 @block_sparse_attention_backward.register_fake

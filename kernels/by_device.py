@@ -104,3 +104,25 @@ def block_sparse_attention(
     else:
         results = blockwise.attention_forward(*operands, visibility, softcap)
     return with_sinks(results, sinks)
+
+
+def block_sparse_attention_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    selection: tuple[Tensor, Tensor],
+    scale: float,
+    blocks: tuple[int, int],
+    visibility: Visibility,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the gradients of query, key and value; sinks are in ``out`` and ``lse`` already."""
+    operands = (grad_out, query, key, value, out, lse, *selection, scale, *blocks)
+    if not query.is_cuda:
+        return blockwise.attention_backward(*operands, visibility, softcap)
+    from seer_compile.kernels.triton import attention_backward as kernel
+
+    return kernel.launch(*operands, *visibility.as_arguments().values(), softcap=softcap)

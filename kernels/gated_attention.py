@@ -166,18 +166,17 @@ def backward(
     for slab in _slabs(query, key, gate, visibility):
         queries = query[:, :, slab.rows]
         selection = _select(queries, key_features, gate, slab, key.shape[2])
-        parts = torch.ops.seer_compile.block_sparse_attention_backward.v1(
+        parts = by_device.block_sparse_attention_backward(
             grad_out[:, :, slab.rows],
             queries,
             key[:, :, slab.keys],
             value[:, :, slab.keys],
             out[:, :, slab.rows],
             lse[:, :, slab.rows].contiguous(),
-            *selection,
+            selection,
             gate.scale,
-            gate.query_block,
-            gate.key_block,
-            *slab.visibility.as_arguments().values(),
+            (gate.query_block, gate.key_block),
+            slab.visibility,
             softcap,
         )
         grad_query[:, :, slab.rows] = parts[0]
