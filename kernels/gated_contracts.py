@@ -70,7 +70,7 @@ def gated(
     softcap: float | None = None,
     sinks: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Both devices: the composition calls operators, which know theirs."""
+    """Both devices: the composition calls ``by_device``."""
     gate = GateArguments(
         query_weight,
         key_weight,
