@@ -22,6 +22,8 @@ import numpy as np
 import torch
 
 from benchmarks.break_even import CAUSAL, Shape, describe, device_class, median_ms, operands
+from seer_compile.config import Fraction, GateConfig
+from seer_compile.gate import AttnGate
 from seer_compile.kernels.cost_model import CallSize, CostModel
 from seer_compile.kernels.dense import dense_attention
 
@@ -32,21 +34,17 @@ SHAPES = {
     "cuda": (Shape(8, 2, 64), Shape(32, 8, 128)),
 }
 DENSITIES = (0.05, 0.2, 0.5)
-SUB_BLOCK, GATE_DIM = 8, 64
+CONFIG = GateConfig(selector=Fraction())
 
 
 def gated_ms(shape: Shape, tensors: Any, density: float, device: torch.device) -> float:
     """Time the gated operator with a fixed share of the blocks in every row."""
-    width = (shape.heads, 3 * shape.head_dim, GATE_DIM)
-    weights = [torch.full(width, 1e-2, device=device) for _ in range(2)]
-    budget = torch.full((shape.heads, 2), density, dtype=torch.float64, device=device)
-    mode = torch.tensor(2, dtype=torch.int8)
-    pools = ("mean,max,min", "mean,max,min")
-    sizes = (SUB_BLOCK, 64, 64, False, "fraction", [128, 1 << 20], "benchmark")
-    operator, scale = torch.ops.seer_compile.gated_attention.v1, shape.head_dim**-0.5
-    return median_ms(
-        lambda: operator(*tensors, *weights, budget, mode, scale, *pools, *sizes, 0)[0], device
-    )
+    gate = AttnGate(*shape, config=CONFIG, device=device).requires_grad_(False)
+    gate.budget.fill_(density)
+    knobs = (gate.query_weight, gate.key_weight, gate.budget, torch.tensor(2, dtype=torch.int8))
+    arguments = (*knobs, shape.head_dim**-0.5, *gate.constants().values(), "benchmark")
+    operator = torch.ops.seer_compile.gated_attention.v1
+    return median_ms(lambda: operator(*tensors, *arguments, 0)[0], device)
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -79,12 +77,14 @@ def fit(records: list[dict[str, Any]]) -> tuple[CostModel, float]:
 
     def predicted(prices: CostModel, record: dict[str, Any]) -> float:
         size = CallSize(
-            record["heads"],
-            record["kv_heads"],
-            record["head_dim"],
-            record["length"],
-            SUB_BLOCK,
-            GATE_DIM,
+            heads=record["heads"],
+            kv_heads=record["kv_heads"],
+            head_dim=record["head_dim"],
+            length=record["length"],
+            gate_heads=record["kv_heads" if CONFIG.sharing == "gate" else "heads"],
+            query_sub_block=CONFIG.query_sub_block,
+            key_sub_block=CONFIG.key_sub_block,
+            gate_dim=CONFIG.gate_dim,
         )
         if record["density"] is None:
             return prices.dense_time(size)

@@ -1,7 +1,7 @@
 """Which idea makes gates better? One idea per line, all judged on the same windows in one run.
 
     python benchmarks/gate_ablation.py --model DIR --calibrate C.u16 --tokens T.u16 \\
-        --experiments base sub_block_8 --allocations uniform sensitivity --out results.jsonl
+        --experiments base own_gates --allocations uniform sensitivity --out results.jsonl
 
 An experiment is what it changes of the gate, of the training and of the windows; ``--list`` shows
 them, and ``copies_4+average_0.99`` is both. Gates are trained once per experiment and judged under
@@ -38,6 +38,7 @@ from seer_compile.gate_store import GateStore
 from seer_compile.model_loading import load_model, load_tokenizer
 from seer_compile.retrieval import PlantedTokens
 from seer_compile.token_data import CalibrationWindows, as_batches, planted_windows, read_token_file
+from seer_compile.types import POOL_KINDS
 
 FORWARD = {"use_cache": False}
 
@@ -51,18 +52,26 @@ class Experiment:
     windows: dict[str, Any] = field(default_factory=dict)
 
 
+def _sub_blocks(tokens: int) -> dict[str, Any]:
+    """Return sub-blocks alike for queries and keys, and the pools that tell so many apart."""
+    sizes = {"query_sub_block": tokens, "key_sub_block": tokens}
+    return {**sizes, "query_pools": POOL_KINDS}
+
+
 EXPERIMENTS: dict[str, Experiment] = {
     "base": Experiment(),
     "same_cut": Experiment(windows={"cuts": 1}),
     "mixed_lengths": Experiment(windows={"lengths": (2048, 8192, 16384)}),
-    "length_16384": Experiment(windows={"lengths": (16384,)}),
-    "sub_block_8": Experiment(gate={"sub_block": 8}),
-    "sub_block_16": Experiment(gate={"sub_block": 16}),
+    "length_8192": Experiment(windows={"lengths": (8192,)}),
+    "sub_blocks_2_2": Experiment(gate={"query_sub_block": 2, "key_sub_block": 2}),
+    "sub_blocks_4_4": Experiment(gate=_sub_blocks(4)),
+    "sub_blocks_8_8": Experiment(gate=_sub_blocks(8)),
     "gate_dim_32": Experiment(gate={"gate_dim": 32}),
     "gate_dim_128": Experiment(gate={"gate_dim": 128}),
-    "shared_selection": Experiment(gate={"share_group": True}),
+    "own_gates": Experiment(gate={"sharing": "none"}),
+    "shared_gate": Experiment(gate={"sharing": "gate"}),
     "mean_pools": Experiment(gate={"query_pools": ("mean",), "key_pools": ("mean",)}),
-    "query_mean_pool": Experiment(gate={"query_pools": ("mean",)}),
+    "all_pools": Experiment(gate={"query_pools": POOL_KINDS}),
     "max_target": Experiment(training={"target": "max"}),
     "squared_error": Experiment(training={"loss": "mse"}),
     "rate_3e-4": Experiment(training={"learning_rate": 3e-4}),
@@ -87,7 +96,7 @@ EXPERIMENTS: dict[str, Experiment] = {
     "searched": Experiment(training={"search_evaluations": 40}),
     "zero_shot": Experiment(training={"steps": 0.0}),
     "zero_shot_statistics": Experiment(training={"steps": 0.0, "start": "statistics"}),
-    "sub_block_8_gate_dim_128": Experiment(gate={"sub_block": 8, "gate_dim": 128}),
+    "sub_blocks_8_8_gate_dim_128": Experiment(gate={"gate_dim": 128, **_sub_blocks(8)}),
     "candidate": Experiment(
         training={"start": "statistics", "average": 0.99, "far_rows": 4.0, "learning_rate": 2e-3},
         windows={"copies": 2.0, "lengths": (4096, 8192, 16384)},
@@ -233,8 +242,8 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
     parser.add_argument("--densities", type=float, nargs="+", default=[0.2, 0.1, 0.05])
-    parser.add_argument("--calibration-length", type=int, default=8192)
-    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--calibration-length", type=int, default=16384)
+    parser.add_argument("--steps", type=int, default=500)
     parser.add_argument("--sequences", type=int, default=6)
     parser.add_argument("--retrieval", type=int, default=16)
     parser.add_argument("--seed", type=int, default=0)

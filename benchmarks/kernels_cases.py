@@ -117,8 +117,8 @@ def map_inputs(profile: dict[str, Any], draw: Draw, device: str, full: bool) -> 
     batch, (heads, kv_heads) = draw.choice((1, 2)), profile["heads"]
     longest = profile["longest"] if full else 80
     q_len, k_len = draw.length(longest), draw.length(longest)
-    extent = profile.get("sub_block", 1)
-    rows, columns = -(-q_len // extent), -(-k_len // extent)
+    extents = profile.get("sub_blocks", (1, 1))
+    rows, columns = -(-q_len // extents[0]), -(-k_len // extents[1])
     dtype, layout, dim = profile["dtype"], profile["layout"], profile["dim"]
     visibility = draw_visibility(draw, batch, q_len, k_len, profile, device)
     return {
@@ -145,7 +145,7 @@ def features_inputs(profile: dict[str, Any], draw: Draw, device: str, full: bool
     """Draw the inputs of pooling with projection."""
     inputs = pool_inputs(profile, draw, device, full)
     channels = inputs["tokens"].shape[3] * len(profile["kinds"].split(","))
-    weight = draw.normal(4 * profile["groups"], channels, profile["gate_dim"])
+    weight = draw.normal(inputs["tokens"].shape[1], channels, profile["gate_dim"])
     if draw.integer(0, 1):
         # The rows of a wider tensor: no stride is that of a whole one.
         weight = torch.cat([weight, weight], 2)[..., : profile["gate_dim"]]
@@ -192,9 +192,14 @@ def _map_profile(dtype, dim, heads, layout="heads first", longest=700, **rest):
     }
 
 
-def _scores_profile(dtype, dim, sub_block, blocks, groups, **rest):
+def _scores_profile(dtype, dim, sub_blocks, blocks, groups, **rest):
     return _map_profile(
-        dtype, dim, (4, 4), sub_block=sub_block, blocks=blocks, groups=groups, longest=1500, **rest
+        *(dtype, dim, (4, 4)),
+        sub_blocks=sub_blocks,
+        blocks=blocks,
+        groups=groups,
+        longest=1500,
+        **rest,
     )
 
 
@@ -225,18 +230,19 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
         _attention_profile(FP32, (24, 8), (16, 32), (4, 2, 4), "tokens first", 300, offset=True),
     ],
     "block_scores": [
-        _scores_profile(BF16, 64, 8, (64, 64), 1),
-        _scores_profile(BF16, 64, 8, (64, 64), 1, programs=5),
-        _scores_profile(FP16, 64, 8, (64, 64), 4, padding=True),
-        _scores_profile(FP16, 64, 8, (64, 64), 4, programs=4),
-        _scores_profile(BF16, 128, 64, (64, 64), 1, layout="tokens first"),
-        _scores_profile(BF16, 32, 16, (128, 64), 2, documents=True),
-        _scores_profile(FP16, 16, 4, (32, 128), 1, offset=True),
-        _scores_profile(FP16, 40, 16, (48, 80), 2),
-        _scores_profile(BF16, 256, 8, (64, 64), 1),
-        _scores_profile(FP32, 64, 8, (64, 64), 1, padding=True),
-        _scores_profile(FP32, 32, 32, (32, 64), 4, documents=True),
-        _scores_profile(FP32, 64, 8, (64, 64), 1, layout="last strided"),
+        _scores_profile(BF16, 64, (2, 4), (64, 64), 1),
+        _scores_profile(BF16, 64, (8, 8), (64, 64), 1),
+        _scores_profile(BF16, 64, (8, 8), (64, 64), 1, programs=5),
+        _scores_profile(FP16, 64, (2, 4), (64, 64), 4, padding=True),
+        _scores_profile(FP16, 64, (8, 8), (64, 64), 4, programs=4),
+        _scores_profile(BF16, 128, (64, 64), (64, 64), 1, layout="tokens first"),
+        _scores_profile(BF16, 32, (8, 16), (128, 64), 2, documents=True),
+        _scores_profile(FP16, 16, (1, 4), (32, 128), 1, offset=True),
+        _scores_profile(FP16, 40, (24, 16), (48, 80), 2),
+        _scores_profile(BF16, 256, (8, 8), (64, 64), 1),
+        _scores_profile(FP32, 64, (8, 8), (64, 64), 1, padding=True),
+        _scores_profile(FP32, 32, (32, 32), (32, 64), 4, documents=True),
+        _scores_profile(FP32, 64, (8, 8), (64, 64), 1, layout="last strided"),
     ],
     "attention_mass": [
         _map_profile(BF16, 128, (4, 2), "tokens first", units=(64, 64), reduce=("mean", "sum")),
@@ -257,11 +263,11 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
     ],
     "pool_features": [
         _pool_profile(BF16, 128, 8, "mean,max,min", "tokens first", groups=1, gate_dim=64),
-        _pool_profile(BF16, 128, 8, "mean,max,min", "tokens first", groups=4, gate_dim=64),
-        _pool_profile(BF16, 128, 64, "max,min,mean", groups=3, gate_dim=32, padding=True),
+        _pool_profile(BF16, 128, 2, "mean", "tokens first", groups=4, gate_dim=64),
+        _pool_profile(BF16, 128, 64, "max,min,mean", groups=2, gate_dim=32, padding=True),
         _pool_profile(FP16, 80, 8, "mean", "tokens first", groups=2, gate_dim=48, padding=True),
         _pool_profile(FP16, 64, 4, "min,mean", "last strided", groups=1, gate_dim=16, padding=True),
-        _pool_profile(FP16, 24, 12, "max", "fused", groups=8, gate_dim=128),
+        _pool_profile(FP16, 24, 12, "max", "fused", groups=4, gate_dim=128),
         _pool_profile(BF16, 256, 16, "mean,max", groups=1, gate_dim=200),
     ],
     "select_blocks": [

@@ -195,8 +195,8 @@ def _poison_unread(inputs: dict[str, Any]) -> dict[str, Tensor]:
 
 def _map_arguments(inputs: dict[str, Any]) -> tuple[Any, ...]:
     profile = inputs["profile"]
-    if "sub_block" in profile:
-        return (profile["sub_block"], *profile["blocks"], *inputs["lengths"], profile["groups"])
+    if "sub_blocks" in profile:
+        return (*profile["sub_blocks"], *profile["blocks"], *inputs["lengths"], profile["groups"])
     return (*profile["units"], *profile["reduce"])
 
 
@@ -204,7 +204,7 @@ def run_map(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """Return block scores or attention mass from the kernels."""
     from seer_compile.kernels.triton import attention_mass, block_scores
 
-    module = block_scores if "sub_block" in inputs["profile"] else attention_mass
+    module = block_scores if "sub_blocks" in inputs["profile"] else attention_mass
     start = (inputs["rows"], inputs["columns"], inputs["scale"])
     visibility = inputs["visibility"].as_arguments()
     tiling = _few_programs(inputs) if inputs["profile"].get("programs") else None
@@ -218,8 +218,8 @@ def _few_programs(inputs: dict[str, Any]) -> Any:
     from seer_compile.kernels.triton import primitives, tuning
 
     profile, rows, columns = inputs["profile"], inputs["rows"], inputs["columns"]
-    sub_block = profile["sub_block"]
-    units = tuple(triton.next_power_of_2(block // sub_block) for block in profile["blocks"])
+    sizes = zip(profile["blocks"], profile["sub_blocks"], strict=True)
+    units = tuple(triton.next_power_of_2(block // sub_block) for block, sub_block in sizes)
     number = -(-inputs["lengths"][1] // profile["blocks"][1])
     dim = primitives.padded_dim(profile["dim"])
     tiling = tuning.scores_tiling(dim, rows.dtype, units, number, columns.device)
@@ -228,7 +228,7 @@ def _few_programs(inputs: dict[str, Any]) -> Any:
 
 def check_map(inputs: dict[str, Any]) -> None:
     """Judge numbers, exact zeros, poison and repetition."""
-    is_scores = "sub_block" in inputs["profile"]
+    is_scores = "sub_blocks" in inputs["profile"]
     oracle = reference.block_scores if is_scores else reference.attention_mass
     (actual,) = run_map(inputs)
     rows, columns = inputs["rows"].double(), inputs["columns"].double()
@@ -293,14 +293,15 @@ def run_features(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
 
     profile = inputs["profile"]
     arguments = (inputs["tokens"], inputs["weight"], profile["size"], profile["kinds"])
-    return (pool_features.launch(*arguments, inputs["padding"]),)
+    return (pool_features.launch(*arguments, inputs["padding"], profile["groups"]),)
 
 
 def check_features(inputs: dict[str, Any]) -> None:
     """Judge numbers, poison and repetition; eager pools, rounds the weights and multiplies."""
     (actual,) = run_features(inputs)
     tokens, weight, padding = inputs["tokens"], inputs["weight"], inputs["padding"]
-    rest = (inputs["profile"]["size"], inputs["profile"]["kinds"], padding)
+    profile = inputs["profile"]
+    rest = (profile["size"], profile["kinds"], padding, profile["groups"])
     exact = reference.pool_features(tokens.double(), weight.double(), *rest)
     eager = reference.pool_features(tokens, weight.to(tokens.dtype), *rest)
     assert actual.shape == exact.shape

@@ -171,18 +171,19 @@ def pool_blocks(dtype, dim, size, kinds):
     launch(torch.zeros(1, 8, 256, dim, dtype=dtype), size, kinds)
 
 
-def pool_features(dtype, dim, size, groups):
+def pool_features(dtype, dim, size, kinds, groups):
     from seer_compile.kernels.triton.pool_features import launch
 
-    weight = torch.zeros(2 * groups, 3 * dim, 64)
-    launch(torch.zeros(1, 2, 1024, dim, dtype=dtype), weight, size, "mean,max,min")
+    weight = torch.zeros(2 * groups, len(kinds.split(",")) * dim, 64)
+    tokens = torch.zeros(1, 2 * groups, 1024, dim, dtype=dtype)
+    launch(tokens, weight, size, kinds, None, groups)
 
 
-def block_scores(dtype, dim, sub_block, block, groups):
+def block_scores(dtype, dim, sub_blocks, block, groups):
     from seer_compile.kernels.triton.block_scores import launch
 
-    features = torch.zeros(1, 8, 2048 // sub_block, dim, dtype=dtype)
-    launch(features, features, 0.1, sub_block, block, block, 2048, 2048, groups, upper=0)
+    features = [torch.zeros(1, 8, 2048 // tokens, dim, dtype=dtype) for tokens in sub_blocks]
+    launch(*features, 0.1, *sub_blocks, block, block, 2048, 2048, groups, upper=0)
 
 
 def select_blocks(blocks, selector):
@@ -231,14 +232,17 @@ CASES = {
         ],
     ),
     "pool_blocks": (pool_blocks, [(_BF16, 128, 8, "mean,max,min")]),
-    "pool_features": (pool_features, [(_BF16, 128, 8, 1), (_BF16, 128, 8, 4)]),
+    "pool_features": (
+        pool_features,
+        [(_BF16, 128, 2, "mean", 4), (_BF16, 128, 4, "mean,max,min", 1)],
+    ),
     "block_scores": (
         block_scores,
         [
-            (_BF16, 64, 4, 64, 1),
-            (_BF16, 64, 8, 64, 4),
-            (_BF16, 128, 64, 64, 4),
-            (_FP32, 64, 8, 64, 1),
+            (_BF16, 64, (2, 4), 64, 1),
+            (_BF16, 64, (2, 4), 64, 4),
+            (_BF16, 128, (64, 64), 64, 4),
+            (_FP32, 64, (8, 8), 64, 1),
         ],
     ),
     "select_blocks": (select_blocks, [(512, "top_p"), (16384, "fraction")]),

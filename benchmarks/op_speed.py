@@ -55,7 +55,7 @@ import seer_compile
 from seer_compile.gate import AttnGate
 from seer_compile.kernels import counters
 from seer_compile.kernels.gated_attention import MODE_AUTO, MODE_FULL_BUDGET, MODE_SPARSE
-from seer_compile.types import Visibility
+from seer_compile.types import Sharing, Visibility
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,7 +71,7 @@ class Case:
     window: int | None = None
     padded: int = 0
     """Keys that are padding in the last batch item; evenly less before."""
-    share_group: bool = False
+    sharing: Sharing = "selection"
     selector: str = "top_p"
     layout: str = "token major"
     """``token major``: as models lay out heads, a view of ``b q h d``; or ``heads first``."""
@@ -112,9 +112,7 @@ class Operator:
         lower = None if case.window is None else self.shift + 1 - case.window
         self.visibility = Visibility(upper=self.shift, lower=lower, key_padding=padding)
         selectors = {"top_p": seer_compile.TopP(), "fraction": seer_compile.Fraction()}
-        config = seer_compile.GateConfig(
-            selector=selectors[case.selector], share_group=case.share_group
-        )
+        config = seer_compile.GateConfig(selector=selectors[case.selector], sharing=case.sharing)
         sizes = (case.heads, case.kv_heads, case.dim)
         self.gate = AttnGate(*sizes, config=config, device=device).requires_grad_(False)
 
@@ -291,7 +289,8 @@ def shapes(options: argparse.Namespace) -> Iterator[Row]:
         "D128": first,
         "D64": replace(first, dim=64),
         "D256": replace(first, dim=256, heads=first.heads // 2, kv_heads=first.kv_heads // 2),
-        "selection per group": replace(first, share_group=True),
+        "one gate per group": replace(first, sharing="gate"),
+        "one selection per head": replace(first, sharing="none"),
         "by fraction": replace(first, selector="fraction"),
         "heads first": replace(first, layout="heads first"),
         "batch 4": ragged,

@@ -49,6 +49,7 @@ from torch import Tensor, nn
 
 import seer_compile
 from seer_compile.kernels import counters
+from seer_compile.types import SHARINGS
 
 GOALS = {(32768, 0.1): 1.35, (131072, 0.05): 2.4}
 MEMORY_GOAL_GB = 1.5
@@ -162,7 +163,7 @@ class Prefill:
         self.model.set_attn_implementation("sdpa")
         density = self.options.density
         selector = seer_compile.Fraction(density=density)
-        config = seer_compile.GateConfig(selector=selector, share_group=self.options.share_group)
+        config = seer_compile.GateConfig(selector=selector, sharing=self.options.sharing)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             model = seer_compile.optimize(self.model, config=config, zero_shot=True)
@@ -292,7 +293,7 @@ def main() -> None:
     parser.add_argument("--heads", type=int, default=32)
     parser.add_argument("--kv-heads", type=int, default=8)
     parser.add_argument("--vocabulary", type=int, default=128256)
-    parser.add_argument("--share-group", action="store_true", help="one selection per key head")
+    parser.add_argument("--sharing", choices=SHARINGS, default=seer_compile.GateConfig().sharing)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--check-length", type=int, default=32768)
     parser.add_argument("--shipped", action="store_true", help="also as Transformers calls SDPA")

@@ -190,7 +190,7 @@ def zero_shot(inputs: SiteInputs, block_size: BlockSize) -> Tensor:
 def _untrained_gate(
     sizes: tuple[int, int, int], block_size: BlockSize, device: torch.device
 ) -> AttnGate:
-    config = GateConfig(block_size=block_size)
+    config = GateConfig(block_size=block_size, sharing="none")
     return AttnGate(*sizes, config=config, device=device).requires_grad_(False)
 
 

@@ -26,7 +26,7 @@ from seer_compile.calibration.verified_file import (
 )
 from seer_compile.errors import CheckpointWriteError, GateFileError, ResumeMismatchError
 
-SCHEMA = 2
+SCHEMA = 3
 """As that of gate files."""
 # The newest may turn out to be unreadable later, so one more is kept.
 KEPT = 2

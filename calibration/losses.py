@@ -25,13 +25,13 @@ def row_losses(log_mass: Tensor, target: Tensor, kind: LossKind) -> Tensor:
     """Return the loss of each row.
 
     Args:
-        log_mass: ``Float32[b h R n]``, log of the predicted distribution, finite.
-        target: ``Float32[b h R n]``, a distribution or all zeros.
+        log_mass: ``Float32[b a R n]``, log of the predicted distribution, finite.
+        target: ``Float32[b a R n]``, a distribution or all zeros.
         kind: ``kl`` is the divergence of the prediction from the target in nats, 0 when equal.
             ``mse`` is the sum of squared differences of the probabilities.
 
     Returns:
-        ``Float32[b h R]``.
+        ``Float32[b a R]``.
     """
     if kind == "kl":
         return (torch.special.xlogy(target, target) - target * log_mass).sum(-1)
@@ -56,11 +56,11 @@ def backward(
     Args:
         gate: Whose weights are trained.
         inputs: Operands of the site; nothing is differentiated through them.
-        target: ``Float32[b h R n]``.
-        counts: ``Bool[b h R]``.
+        target: ``Float32[b a R n]``.
+        counts: ``Bool[b a R]``.
         kind: Which loss.
         rows: ``Int64[R]``, indices of query sub-blocks; all when None.
-        weights: ``Float32[b h R]``, how much each row counts; 1 when None.
+        weights: ``Float32[b a R]``, how much each row counts; 1 when None.
         logits_bytes: Bound on the logits of one chunk.
 
     Returns:
@@ -103,10 +103,9 @@ def differentiable_loss(
     Returns:
         ``Float32[]``.
     """
-    sub_block = gate.config.sub_block
     visible = visible_units(
         inputs.visibility,
-        units=(sub_block, sub_block),
+        units=(gate.config.query_sub_block, gate.config.key_sub_block),
         lengths=(inputs.query.shape[-2], inputs.key.shape[-2]),
         device=inputs.query.device,
         rows=rows,
@@ -114,7 +113,8 @@ def differentiable_loss(
     pooled = gate.pool_query(inputs.query)
     pooled = pooled if rows is None else pooled[:, :, rows]
     # A padded query may hold NaN, and 0 * NaN in the backward would reach the weights.
-    pooled = torch.where(counts[..., None], pooled, 0.0)
+    pooled = pooled.unflatten(1, (gate.gate_heads, -1))
+    pooled = torch.where(counts[:, :, None, :, None], pooled, 0.0).flatten(1, 2)
     with torch.enable_grad():
         query = gate.project_query(pooled)
         key = gate.project_key(gate.pool_key(inputs.key, inputs.visibility.key_padding))
@@ -131,7 +131,7 @@ def differentiable_loss(
                 key_leaf[:, heads],
                 inputs.scale,
                 visible[:, :, part],
-                gate.config.block_size.key // sub_block,
+                gate.config.block_size.key // gate.config.key_sub_block,
             )
             losses = row_losses(log_mass, target[:, heads, part], kind)
             losses = torch.where(counts[:, heads, part], losses, 0.0)

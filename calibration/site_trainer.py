@@ -108,7 +108,7 @@ class GateTrainer:
         """
         optimizer, config = self.optimizers[inputs.name], self.config
         rows = sample_rows(
-            -(-inputs.query.shape[-2] // gate.config.sub_block),
+            -(-inputs.query.shape[-2] // gate.config.query_sub_block),
             config.rows_per_step,
             key=f"{config.seed}:{self.step}:{distributed.rank()}:{inputs.name}",
             device=inputs.query.device,

@@ -5,8 +5,8 @@ channel, each side by its own mixture of mean and extremes; mean pooling is one 
 either side their divergence from the true map is convex in the other: a few Newton steps in turn,
 from mean pooling on, over a sample of rows.
 
-Letters of shapes: see :mod:`seer_compile.types`. P and P' are the pools of queries and keys, R a
-choice of query sub-blocks, C a choice of key sub-blocks.
+Letters of shapes: see :mod:`seer_compile.types`. P and P' are the pools of queries and keys, U the
+query heads of a gate head, R a choice of query sub-blocks, C a choice of key sub-blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class _Sample(NamedTuple):
     """What one head is fitted to."""
 
     query: Tensor
-    """``Float32[R P d]``, the factor on the logits included."""
+    """``Float32[R U*P d]`` of U heads that share the gate, the factor on the logits included."""
     key: Tensor
     """``Float32[C P' d]``."""
     target: Tensor
@@ -63,25 +63,35 @@ def fit_to_statistics(gate: AttnGate, inputs: SiteInputs, *, seed: str = "") -> 
         One attention map at sub-block resolution, and per head nine sums over 128 rows of
         ``C x (P' d)**2`` products.
     """
-    unit = gate.config.sub_block
-    units = [-(-tensor.shape[-2] // unit) for tensor in (inputs.query, inputs.key)]
+    units = [
+        -(-tensor.shape[-2] // unit)
+        for tensor, unit in zip((inputs.query, inputs.key), _units(gate), strict=True)
+    ]
     if 4 * gate.heads * units[0] * units[1] > _MAP_BYTES or units[0] < 2:
         return False
+    groups = gate.heads // gate.gate_heads
     changed = False
     with torch.no_grad():
         for head, sample in _samples(gate, inputs, seed):
             found = _weights(gate, *_fit_in_turn(gate, sample), sample)
-            before = (gate.query_weight[head], gate.key_weight[head])
+            members = slice(head * groups, (head + 1) * groups)
+            before = (gate.query_weight[members].flatten(0, 1), gate.key_weight[head])
             if _loss_of(found, sample) < _loss_of(before, sample):
-                gate.query_weight[head], gate.key_weight[head] = found
+                gate.query_weight[members] = found[0].unflatten(0, (groups, -1))
+                gate.key_weight[head] = found[1]
                 changed = True
     return changed
 
 
+def _units(gate: AttnGate) -> tuple[int, int]:
+    return gate.config.query_sub_block, gate.config.key_sub_block
+
+
 def _samples(gate: AttnGate, inputs: SiteInputs, seed: str) -> Iterator[tuple[int, _Sample]]:
-    """Yield each head with what it is fitted to."""
-    unit, device = gate.config.sub_block, inputs.query.device
-    mass = attention_mass(inputs, query_unit=unit, key_unit=unit)[0]
+    """Yield each gate head with what it is fitted to."""
+    units, device = _units(gate), inputs.query.device
+    mass = attention_mass(inputs, query_unit=units[0], key_unit=units[1])[0]
+    mass = mass.unflatten(0, (gate.gate_heads, -1)).mean(1)
     rows, columns = (
         _choice(total, wanted, f"{seed}:{name}", device)
         for name, total, wanted in (
@@ -91,14 +101,16 @@ def _samples(gate: AttnGate, inputs: SiteInputs, seed: str) -> Iterator[tuple[in
     )
     visible = visible_units(
         inputs.visibility,
-        units=(unit, unit),
+        units=units,
         lengths=(inputs.query.shape[-2], inputs.key.shape[-2]),
         device=device,
         rows=rows,
     )[0, 0][:, columns]
-    query = gate.pool_query(inputs.query)[0][:, rows]
+    # Of heads that share a gate the pools of one count as further pools of the other.
+    query = gate.pool_query(inputs.query)[0][:, rows].unflatten(0, (gate.gate_heads, -1))
+    query = query.unflatten(-1, (len(gate.config.query_pools), -1)).transpose(1, 2).flatten(2, 3)
     key = gate.pool_key(inputs.key, inputs.visibility.key_padding)[0][:, columns]
-    for head in range(gate.heads):
+    for head in range(gate.gate_heads):
         target = mass[head][rows][:, columns]
         counts = target.sum(-1) > 0
         if not bool(counts.any()):
@@ -107,9 +119,8 @@ def _samples(gate: AttnGate, inputs: SiteInputs, seed: str) -> Iterator[tuple[in
         yield (
             head,
             _Sample(
-                inputs.scale
-                * query[head][counts].unflatten(-1, (len(gate.config.query_pools), -1)),
-                key[head * gate.kv_heads // gate.heads].unflatten(
+                inputs.scale * query[head][counts],
+                key[head * gate.kv_heads // gate.gate_heads].unflatten(
                     -1, (len(gate.config.key_pools), -1)
                 ),
                 target,
@@ -132,9 +143,9 @@ def _means(kinds: tuple[PoolKind, ...], sample: _Sample) -> Tensor:
 
 def _fit_in_turn(gate: AttnGate, sample: _Sample) -> tuple[Tensor, Tensor]:
     """Return how the sides mix their pools: ``Float32[P d]`` and ``Float32[P' d]``."""
-    left, right = (
-        _means(kinds, sample) for kinds in (gate.config.query_pools, gate.config.key_pools)
-    )
+    groups = gate.heads // gate.gate_heads
+    left = _means(gate.config.query_pools, sample).repeat(groups, 1) / groups
+    right = _means(gate.config.key_pools, sample)
     # Means of sharp attention are too sure of themselves, and flat far from the truth.
     starts = [left * factor for factor in _TEMPERATURES]
     form = right[None]

@@ -87,13 +87,13 @@ def _with_value_norms(
 def far_row_weights(
     target: Tensor, inputs: SiteInputs, config: GateConfig, rows: Tensor | None, *, more: float
 ) -> Tensor:
-    """Return ``Float32[b h R]``: 1, and ``more`` per share of mass that needs a gate to be found.
+    """Return ``Float32[b a R]``: 1, and ``more`` per share of mass that needs a gate to be found.
 
     Diagonal and sink blocks are kept by every selection: a row that reads nothing else teaches
     little, and a row that looks something up far away is rare.
 
     Args:
-        target: ``Float32[b h R n]``, rows sum to 1.
+        target: ``Float32[b a R n]``, rows sum to 1.
         inputs: Operands of the site.
         config: Sub-block and block sizes.
         rows: ``Int64[R]``, indices of query sub-blocks; all when None.
@@ -104,7 +104,7 @@ def far_row_weights(
         rows = torch.arange(target.shape[2], device=target.device)
     shift = 0 if inputs.visibility.upper is None else inputs.visibility.upper
     shift = shift + (0 if inputs.visibility.offset is None else inputs.visibility.offset)
-    own = (rows * config.sub_block).clamp(max=q_len - 1) + shift
+    own = (rows * config.query_sub_block).clamp(max=q_len - 1) + shift
     own = own.to(target.device).clamp(0, k_len - 1) // config.block_size.key
     near = target.gather(-1, own[None, None, :, None].expand(*target.shape[:2], -1, 1))[..., 0]
     sink = torch.where(own > 0, target[..., 0], 0.0)
@@ -118,24 +118,29 @@ def gate_target(
 
     Args:
         inputs: Operands of the site.
-        config: Sub-block and block sizes.
+        config: Sub-block and block sizes, and what heads share.
         kind: Which map.
         rows: ``Int64[R]``, indices of query sub-blocks; all when None.
 
     Returns:
-        ``Float32[b h R n]``, each counting row summing to 1, and ``Bool[b h R]``: False where the
-        queries read nothing or are padding. Such a row is all zeros, never 0/0. A row that holds
-        NaN counts, so that the loss shows it.
+        ``Float32[b a R n]``, a the gate heads, each counting row summing to 1, and
+        ``Bool[b a R]``: False where the queries read nothing or are padding. Such a row is all
+        zeros, never 0/0. A row that holds NaN counts, so that the loss shows it. A shared gate
+        learns the mean over the heads of its group.
     """
     target = attention_mass(
-        inputs, query_unit=config.sub_block, key_unit=config.block_size.key, kind=kind
+        inputs, query_unit=config.query_sub_block, key_unit=config.block_size.key, kind=kind
     )
     if rows is not None:
         target = target[:, :, rows]
     totals = target.sum(-1)
     counts = totals != 0
     target = target / torch.where(counts, totals, 1.0)[..., None]
-    real = _real_queries(inputs, config.sub_block, rows)
+    if config.sharing == "gate":
+        groups = (inputs.key.shape[1], -1)
+        # What queries may read is the same for all heads: all or none of a group count.
+        target, counts = target.unflatten(1, groups).mean(2), counts.unflatten(1, groups).any(2)
+    real = _real_queries(inputs, config.query_sub_block, rows)
     return target, counts if real is None else counts & real[:, None]
 
 

@@ -23,14 +23,13 @@ from seer_compile.kernels.checks import (
     as_visibility,
     check_attention,
     check_choice,
-    check_flag,
     check_integer,
     check_softcap,
     check_visibility,
 )
 from seer_compile.kernels.dense import dense_attention as _dense_attention
 from seer_compile.kernels.sinks import check_sinks
-from seer_compile.types import BlockSelection, BlockSize, PoolKind, Visibility
+from seer_compile.types import SHARINGS, BlockSelection, BlockSize, PoolKind, Sharing, Visibility
 
 
 def block_sparse_attention(
@@ -108,9 +107,10 @@ def gated_attention(
     mode: Tensor,
     query_pools: Sequence[PoolKind],
     key_pools: Sequence[PoolKind],
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     block_size: BlockSize,
-    share_group: bool,
+    sharing: Sharing,
     selector: str,
     budget_lengths: Sequence[int],
     scale: float | None = None,
@@ -129,16 +129,19 @@ def gated_attention(
         key: ``Float[b g k d]``.
         value: ``Float[b g k v]``.
         query_weight: ``Float32[h Pq*d e]``, Pq the number of query pools.
-        key_weight: ``Float32[h Pk*d e]``.
+        key_weight: ``Float32[h Pk*d e]``, or ``Float32[g Pk*d e]`` where the gate is shared.
         budget: ``Float[s L]``, float32 or float64: the selector's budget at each of
             ``budget_lengths``; between them linear in log2 of the key length, outside constant.
         mode: ``Int8[]`` on the CPU: 0 dense; 1 sparse where that pays (see
             :func:`~seer_compile.kernels.dense.dense_reason`); 2 sparse whatever the size.
         query_pools: Kinds of pooling of queries.
         key_pools: Kinds of pooling of keys.
-        sub_block: Tokens per sub-block; divides both block sizes.
+        query_sub_block: Tokens per sub-block of queries; divides the query block.
+        key_sub_block: Tokens per sub-block of keys; divides the key block.
         block_size: Tokens per block.
-        share_group: One selection per key head (``s = g``), else per query head.
+        sharing: What the query heads of a key head have in common: ``none``, their ``selection``
+            (the largest of their scores decides), or the ``gate`` (their projected queries are
+            added up). With either one selection per key head, ``s = g``, else ``s = h``.
         selector: See :func:`.ops.select_blocks`.
         budget_lengths: Key lengths, in tokens, ascending.
         scale: Factor on the logits; ``1 / sqrt(d)`` when None.
@@ -165,8 +168,9 @@ def gated_attention(
     require_tensor("mode", mode)
     require_optional_tensor("sinks", sinks, like=query)
     check_softcap(softcap)
-    check_integer("sub_block", sub_block, minimum=1)
-    check_flag("share_group", share_group)
+    for name, tokens in (("query", query_sub_block), ("key", key_sub_block)):
+        check_integer(f"{name}_sub_block", tokens, minimum=1)
+    check_choice("sharing", sharing, SHARINGS)
     check_choice("selector", selector, contracts.SELECTOR_NAMES)
     if not isinstance(site, str):
         raise DtypeError(argument="site", got=type(site).__name__, expected="a str")
@@ -180,9 +184,10 @@ def gated_attention(
         scale_or_default(scale, query),
         joined_pools("query_pools", query_pools),
         joined_pools("key_pools", key_pools),
-        sub_block,
+        query_sub_block,
+        key_sub_block,
         *block_tokens(block_size),
-        share_group,
+        sharing,
         selector,
         list(budget_lengths),
         site,

@@ -16,11 +16,16 @@ from seer_compile.types import Visibility
 
 
 def pool_features(
-    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+    tokens: Tensor,
+    weight: Tensor,
+    size: int,
+    kinds: str,
+    padding: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """Pool sub-blocks and project them; see ``ops.pool_features``."""
+    """Pool sub-blocks and project them; see ``scoring.pool_features``."""
     if not tokens.is_cuda:
-        return scoring.pool_features(tokens, weight, size, kinds, padding)
+        return scoring.pool_features(tokens, weight, size, kinds, padding, groups)
     from seer_compile.kernels.triton import pool_blocks as pool
     from seer_compile.kernels.triton import pool_features as kernel
 
@@ -28,28 +33,28 @@ def pool_features(
         # Exact products do not run on the tensor cores, and for the query heads of a key head a
         # product of its own is the faster one: 0.080 ms against 0.111 (one H200, 32,768 tokens, 8
         # key heads of D128 for 32 query heads).
-        return scoring.project(pool.launch(tokens, size, kinds, padding), weight)
-    return kernel.launch(tokens, weight, size, kinds, padding)
+        return scoring.project(pool.launch(tokens, size, kinds, padding), weight, groups)
+    return kernel.launch(tokens, weight, size, kinds, padding, groups)
 
 
 def block_scores(
     query_features: Tensor,
     key_features: Tensor,
     scale: float,
-    sub_block: int,
+    sub_blocks: tuple[int, int],
     grid: Grid,
     groups: int,
     visibility: Visibility,
 ) -> Tensor:
     """Score block pairs; see ``ops.block_scores``."""
     features = (query_features, key_features)
-    blocks = (grid.query_unit, grid.key_unit, grid.q_len, grid.k_len)
+    sizes = (*sub_blocks, grid.query_unit, grid.key_unit, grid.q_len, grid.k_len)
     if not query_features.is_cuda:
-        return scoring.block_scores(*features, scale, sub_block, *blocks, groups, visibility)
+        return scoring.block_scores(*features, scale, *sizes, groups, visibility)
     from seer_compile.kernels.triton import block_scores as kernel
 
     readable = visibility.as_arguments().values()
-    return kernel.launch(*features, scale, sub_block, *blocks, groups, *readable)
+    return kernel.launch(*features, scale, *sizes, groups, *readable)
 
 
 def select_blocks(

@@ -23,7 +23,13 @@ from seer_compile.errors import (
     SelectionError,
     ShapeError,
 )
-from seer_compile.types import POOL_KINDS, VISIBILITY_ARGUMENTS, BlockSelection, Visibility
+from seer_compile.types import (
+    POOL_KINDS,
+    SHARINGS,
+    VISIBILITY_ARGUMENTS,
+    BlockSelection,
+    Visibility,
+)
 
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 BUDGET_DTYPES = (torch.float32, torch.float64)
@@ -151,24 +157,28 @@ def check_pools(argument: str, kinds: Any) -> None:
         )
 
 
-def check_blocks(query_block: Any, key_block: Any, sub_block: Any = None) -> None:
-    """Check block sizes, and that sub-blocks divide blocks.
+def check_blocks(
+    query_block: Any, key_block: Any, sub_blocks: tuple[Any, Any] | None = None
+) -> None:
+    """Check block sizes, and that sub-blocks of queries and of keys divide their blocks.
 
     Raises:
         DtypeError: No integer.
-        RangeError: Below 1, or a sub-block that divides not both blocks.
+        RangeError: Below 1, or a sub-block that does not divide its block.
     """
     check_integer("query_block", query_block, minimum=1)
     check_integer("key_block", key_block, minimum=1)
-    if sub_block is None:
+    if sub_blocks is None:
         return
-    check_integer("sub_block", sub_block, minimum=1)
-    if query_block % sub_block or key_block % sub_block:
-        raise RangeError(
-            argument="sub_block",
-            got=sub_block,
-            expected=f"a divisor of query_block={query_block} and key_block={key_block}",
-        )
+    blocks = {"query": query_block, "key": key_block}
+    for (side, block), sub_block in zip(blocks.items(), sub_blocks, strict=True):
+        check_integer(f"{side}_sub_block", sub_block, minimum=1)
+        if block % sub_block:
+            raise RangeError(
+                argument=f"{side}_sub_block",
+                got=sub_block,
+                expected=f"a divisor of {side}_block={block}",
+            )
 
 
 def check_heads(heads: int, kv_heads: int) -> None:
@@ -339,26 +349,28 @@ def check_selection_values(selection: BlockSelection, key_blocks: int) -> None:
 
 
 def check_gate(
-    query: Tensor, key: Tensor, weights: tuple[Any, Any], pools: tuple[Any, Any]
+    query: Tensor, key: Tensor, weights: tuple[Any, Any], pools: tuple[Any, Any], sharing: Any
 ) -> None:
     """Check the weights of a gate against the tensors that it pools.
 
     Raises:
         DtypeError: Weights are not float32, or pools are no pool kinds.
-        RangeError: An unknown pool kind.
+        RangeError: An unknown pool kind or kind of sharing.
         ShapeError: Weights do not fit heads, head dim, pools, or each other.
         DeviceError: Weights on another device.
     """
+    check_choice("sharing", sharing, SHARINGS)
     for side, weight, kinds in zip(("query", "key"), weights, pools, strict=True):
         check_pools(f"{side}_pools", kinds)
+        heads = (key if side == "key" and sharing == "gate" else query).shape[1]
         name = f"{side}_weight"
         check_tensor(name, weight, rank=3, dtypes=(torch.float32,), device=query.device)
         pooled = query.shape[-1] * len(kinds.split(","))
-        if tuple(weight.shape[:2]) != (query.shape[1], pooled):
+        if tuple(weight.shape[:2]) != (heads, pooled):
             raise ShapeError(
                 argument=f"{name}.shape",
                 got=tuple(weight.shape),
-                expected=f"({query.shape[1]}, {pooled}, gate_dim): heads, pooled channels",
+                expected=f"({heads}, {pooled}, gate_dim): heads, pooled channels",
             )
     if weights[0].shape[-1] != weights[1].shape[-1]:
         raise ShapeError(

@@ -78,24 +78,35 @@ def _check_pool(tokens: Tensor, size: int, kinds: str, padding: Tensor | None) -
 
 @custom_op(f"{NAMESPACE}::pool_features.v1", mutates_args=(), device_types=DEVICES)
 def pool_features(
-    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+    tokens: Tensor,
+    weight: Tensor,
+    size: int,
+    kinds: str,
+    padding: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
     """Both devices."""
-    _check_features(tokens, weight, size, kinds, padding)
-    return by_device.pool_features(tokens, weight, size, kinds, padding)
+    _check_features(tokens, weight, size, kinds, padding, groups)
+    return by_device.pool_features(tokens, weight, size, kinds, padding, groups)
 
 
 @pool_features.register_fake
 def _(
-    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+    tokens: Tensor,
+    weight: Tensor,
+    size: int,
+    kinds: str,
+    padding: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    shape = (tokens.shape[0], weight.shape[0], _units(tokens.shape[2], size), weight.shape[2])
+    units = _units(tokens.shape[2], size)
+    shape = (tokens.shape[0], weight.shape[0] // groups, units, weight.shape[2])
     dtype = tokens.dtype if tokens.device.type == "cuda" else torch.float32
     return tokens.new_empty(shape, dtype=dtype)
 
 
 def _check_features(
-    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None
+    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None, groups: int
 ) -> None:
     _check_pool(tokens, size, kinds, padding)
     check_tensor("weight", weight, rank=3, dtypes=(torch.float32,), device=tokens.device)
@@ -106,6 +117,13 @@ def _check_features(
             got=tuple(weight.shape),
             expected=f"(a multiple of {heads} heads, {pooled} pooled channels, gate dim)",
         )
+    check_integer("groups", groups, minimum=1)
+    if heads % groups or (groups > 1 and weight.shape[0] != heads):
+        raise HeadConfigError(
+            argument="groups",
+            got=groups,
+            expected=f"a divisor of {heads} heads; 1 where heads of tokens and weights differ",
+        )
 
 
 @custom_op(f"{NAMESPACE}::block_scores.v1", mutates_args=(), device_types=DEVICES)
@@ -113,7 +131,8 @@ def block_scores(
     query_features: Tensor,
     key_features: Tensor,
     scale: float,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     query_block: int,
     key_block: int,
     q_len: int,
@@ -129,9 +148,10 @@ def block_scores(
     """Both devices."""
     visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
     grid = Grid(q_len, k_len, query_block, key_block)
-    _check_scores(query_features, key_features, scale, sub_block, grid, groups, visibility)
+    sub_blocks = (query_sub_block, key_sub_block)
+    _check_scores(query_features, key_features, scale, sub_blocks, grid, groups, visibility)
     return by_device.block_scores(
-        query_features, key_features, scale, sub_block, grid, groups, visibility
+        query_features, key_features, scale, sub_blocks, grid, groups, visibility
     )
 
 
@@ -140,7 +160,8 @@ def _(
     query_features: Tensor,
     key_features: Tensor,
     scale: float,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     query_block: int,
     key_block: int,
     q_len: int,
@@ -157,7 +178,7 @@ def _check_scores(
     query_features: Tensor,
     key_features: Tensor,
     scale: float,
-    sub_block: int,
+    sub_blocks: tuple[int, int],
     grid: Grid,
     groups: int,
     visibility: Visibility,
@@ -165,7 +186,7 @@ def _check_scores(
     q_len, k_len = grid.q_len, grid.k_len
     check_tensor("query_features", query_features, rank=4)
     check_scale(scale)
-    check_blocks(grid.query_unit, grid.key_unit, sub_block)
+    check_blocks(grid.query_unit, grid.key_unit, sub_blocks)
     check_integer("q_len", q_len, minimum=0)
     check_integer("k_len", k_len, minimum=0)
     check_integer("groups", groups, minimum=1)
@@ -177,8 +198,8 @@ def _check_scores(
     dtypes, device = (query_features.dtype,), query_features.device
     check_tensor("key_features", key_features, rank=4, dtypes=dtypes, device=device)
     expected = {
-        "query_features": (batch, heads, blocks_of(q_len, sub_block), gate_dim),
-        "key_features": (batch, heads, blocks_of(k_len, sub_block), gate_dim),
+        "query_features": (batch, heads, blocks_of(q_len, sub_blocks[0]), gate_dim),
+        "key_features": (batch, heads, blocks_of(k_len, sub_blocks[1]), gate_dim),
     }
     for name, tensor in {"query_features": query_features, "key_features": key_features}.items():
         if tuple(tensor.shape) != expected[name]:

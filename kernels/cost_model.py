@@ -18,7 +18,9 @@ class CallSize(NamedTuple):
     kv_heads: int
     head_dim: int
     length: int
-    sub_block: int
+    gate_heads: int
+    query_sub_block: int
+    key_sub_block: int
     gate_dim: int
 
 
@@ -43,8 +45,9 @@ class CostModel(NamedTuple):
     def sparse_time(self, size: CallSize, density: float) -> float:
         """Return the microseconds of a gated call that keeps a share of the blocks."""
         tokens = size.length * (size.heads + size.kv_heads) * size.head_dim / 1e6
-        units = -(-size.length // size.sub_block)
-        pairs = size.heads * units**2 * size.gate_dim / 1e9
+        rows = -(-size.length // size.query_sub_block)
+        columns = -(-size.length // size.key_sub_block)
+        pairs = size.gate_heads * rows * columns * size.gate_dim / 1e9
         kept = self.kept * density * _products(size)
         return self.call + self.token * tokens + self.gate * pairs + kept
 

@@ -41,13 +41,19 @@ class GateArguments(NamedTuple):
     scale: float
     query_pools: str
     key_pools: str
-    sub_block: int
+    query_sub_block: int
+    key_sub_block: int
     query_block: int
     key_block: int
-    share_group: bool
+    sharing: str
     selector: str
     budget_lengths: list[int]
     site: str
+
+
+def selection_heads(query: Tensor, key: Tensor, gate: GateArguments) -> int:
+    """Return the number of selections per batch item."""
+    return (query if gate.sharing == "none" else key).shape[1]
 
 
 class _Slab(NamedTuple):
@@ -233,7 +239,7 @@ def _slabs(
     query: Tensor, key: Tensor, gate: GateArguments, visibility: Visibility
 ) -> Iterator[_Slab]:
     q_len, k_len = query.shape[2], key.shape[2]
-    selections = query.shape[0] * (key if gate.share_group else query).shape[1]
+    selections = query.shape[0] * selection_heads(query, key, gate)
     row_bytes = 8 * selections * -(-k_len // gate.key_block)
     step = max(1, _SLAB_BYTES // max(row_bytes, 1)) * gate.query_block
     if visibility.upper is None and q_len == k_len:
@@ -267,7 +273,7 @@ def _window(visibility: Visibility, rows: slice, keys: slice) -> Visibility:
 
 def _key_features(key: Tensor, gate: GateArguments, visibility: Visibility) -> Tensor:
     return by_device.pool_features(
-        key, gate.key_weight, gate.sub_block, gate.key_pools, visibility.key_padding
+        key, gate.key_weight, gate.key_sub_block, gate.key_pools, visibility.key_padding
     )
 
 
@@ -275,18 +281,24 @@ def _select(
     queries: Tensor, key_features: Tensor, gate: GateArguments, slab: _Slab, k_len: int
 ) -> tuple[Tensor, Tensor]:
     """Return indices and counts for one slab of rows; the budget is that of all the keys."""
+    groups = queries.shape[1] // gate.budget.shape[0]
+    is_gate_shared = gate.sharing == "gate"
     query_features = by_device.pool_features(
-        queries, gate.query_weight, gate.sub_block, gate.query_pools
+        queries,
+        gate.query_weight,
+        gate.query_sub_block,
+        gate.query_pools,
+        groups=groups if is_gate_shared else 1,
     )
     num_keys = slab.keys.stop
     grid = Grid(queries.shape[2], num_keys, gate.query_block, gate.key_block)
     scores = by_device.block_scores(
         query_features,
-        key_features[:, :, : -(-num_keys // gate.sub_block)],
+        key_features[:, :, : -(-num_keys // gate.key_sub_block)],
         gate.scale,
-        gate.sub_block,
+        (gate.query_sub_block, gate.key_sub_block),
         grid,
-        queries.shape[1] // gate.budget.shape[0],
+        1 if is_gate_shared else groups,
         slab.visibility,
     )
     budget = budget_at(gate.budget, gate.budget_lengths, k_len)

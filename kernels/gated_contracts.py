@@ -28,7 +28,6 @@ from seer_compile.kernels.checks import (
     check_attention,
     check_blocks,
     check_choice,
-    check_flag,
     check_gate,
     check_integer,
     check_scale,
@@ -37,7 +36,7 @@ from seer_compile.kernels.checks import (
     check_visibility,
 )
 from seer_compile.kernels.contracts import NAMESPACE, visibility_of
-from seer_compile.kernels.gated_attention import GateArguments
+from seer_compile.kernels.gated_attention import GateArguments, selection_heads
 from seer_compile.kernels.sinks import check_sinks
 from seer_compile.types import Visibility
 
@@ -54,10 +53,11 @@ def gated(
     scale: float,
     query_pools: str,
     key_pools: str,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     query_block: int,
     key_block: int,
-    share_group: bool,
+    sharing: str,
     selector: str,
     budget_lengths: list[int],
     site: str,
@@ -79,10 +79,11 @@ def gated(
         scale,
         query_pools,
         key_pools,
-        sub_block,
+        query_sub_block,
+        key_sub_block,
         query_block,
         key_block,
-        share_group,
+        sharing,
         selector,
         budget_lengths,
         site,
@@ -114,10 +115,11 @@ def gated_backward(
     scale: float,
     query_pools: str,
     key_pools: str,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     query_block: int,
     key_block: int,
-    share_group: bool,
+    sharing: str,
     selector: str,
     budget_lengths: list[int],
     site: str,
@@ -139,10 +141,11 @@ def gated_backward(
         scale,
         query_pools,
         key_pools,
-        sub_block,
+        query_sub_block,
+        key_sub_block,
         query_block,
         key_block,
-        share_group,
+        sharing,
         selector,
         budget_lengths,
         site,
@@ -196,11 +199,11 @@ def _check_gated_in_full(
 ) -> None:
     check_attention(query, key, value)
     check_scale(gate.scale)
-    check_blocks(gate.query_block, gate.key_block, gate.sub_block)
+    sub_blocks = (gate.query_sub_block, gate.key_sub_block)
+    check_blocks(gate.query_block, gate.key_block, sub_blocks)
     weights = (gate.query_weight, gate.key_weight)
-    check_gate(query, key, weights, (gate.query_pools, gate.key_pools))
+    check_gate(query, key, weights, (gate.query_pools, gate.key_pools), gate.sharing)
     check_choice("selector", gate.selector, SELECTOR_NAMES)
-    check_flag("share_group", gate.share_group)
     check_tensor("mode", gate.mode, rank=0, dtypes=(torch.int8,), device=torch.device("cpu"))
     for length in gate.budget_lengths:
         check_integer("budget_lengths", length, minimum=1)
@@ -209,13 +212,13 @@ def _check_gated_in_full(
             argument="budget_lengths", got=list(gate.budget_lengths), expected="ascending lengths"
         )
     check_tensor("budget", gate.budget, rank=2, dtypes=BUDGET_DTYPES, device=query.device)
-    selections = (key if gate.share_group else query).shape[1]
+    selections = selection_heads(query, key, gate)
     if tuple(gate.budget.shape) != (selections, len(gate.budget_lengths)):
         raise ShapeError(
             argument="budget.shape",
             got=tuple(gate.budget.shape),
             expected=f"({selections}, {len(gate.budget_lengths)}): selection heads (with "
-            f"share_group={gate.share_group}), lengths",
+            f"sharing={gate.sharing!r}), lengths",
         )
     lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
     check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)

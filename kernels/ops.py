@@ -82,7 +82,8 @@ def block_scores(
     key_features: Tensor,
     *,
     scale: float,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     block_size: BlockSize,
     q_len: int,
     k_len: int,
@@ -93,14 +94,15 @@ def block_scores(
 
     A key block matches a query sub-row as well as the best of its visible key sub-blocks does; the
     softmax of these matches over the key blocks is that share, and a block pair scores what its
-    neediest sub-row gives. Where a sub-block is a whole block this is the published gate's softmax
+    neediest sub-row gives. Where sub-blocks are whole blocks this is the published gate's softmax
     (Gao et al., arXiv:2410.13276, equation 3).
 
     Args:
         query_features: ``Float[b h r e]``, one row per sub-block of queries.
         key_features: ``Float[b h c e]``.
         scale: Factor on the dot products.
-        sub_block: Tokens per sub-block; divides both block sizes.
+        query_sub_block: Tokens per sub-block of queries; divides the query block.
+        key_sub_block: Tokens per sub-block of keys; divides the key block.
         block_size: Tokens per block.
         q_len: Query tokens.
         k_len: Key tokens.
@@ -120,7 +122,8 @@ def block_scores(
     require_tensor("query_features", query_features)
     require_tensor("key_features", key_features, like=query_features)
     check_scale(scale)
-    for name, number in {"sub_block": sub_block, "groups": groups}.items():
+    counts = {"query_sub_block": query_sub_block, "key_sub_block": key_sub_block}
+    for name, number in {**counts, "groups": groups}.items():
         check_integer(name, number, minimum=1)
     for name, number in {"q_len": q_len, "k_len": k_len}.items():
         check_integer(name, number, minimum=0)
@@ -128,7 +131,8 @@ def block_scores(
         query_features,
         key_features,
         float(scale),
-        sub_block,
+        query_sub_block,
+        key_sub_block,
         *block_tokens(block_size),
         q_len,
         k_len,

@@ -121,20 +121,27 @@ def pool_blocks(tokens: Tensor, size: int, kinds: str, padding: Tensor | None = 
 
 
 def pool_features(
-    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None = None
+    tokens: Tensor,
+    weight: Tensor,
+    size: int,
+    kinds: str,
+    padding: Tensor | None = None,
+    groups: int = 1,
 ) -> Tensor:
-    """Return ``Float[b h units e]``: pooled tokens times the weights of each query head."""
+    """Return ``Float[b h//groups units e]``: pooled tokens times weights, summed over groups."""
     pooled = pool_blocks(tokens, size, kinds, padding)
     wide = torch.promote_types(tokens.dtype, weight.dtype)
     pooled = pooled.repeat_interleave(weight.shape[0] // tokens.shape[1], 1)
-    return torch.einsum("bhtp,hpe->bhte", pooled.to(wide), weight.to(wide))
+    features = torch.einsum("bhtp,hpe->bhte", pooled.to(wide), weight.to(wide))
+    return features.unflatten(1, (-1, groups)).sum(2)
 
 
 def block_scores(
     query_features: Tensor,
     key_features: Tensor,
     scale: float,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     query_block: int,
     key_block: int,
     q_len: int,
@@ -143,22 +150,22 @@ def block_scores(
     visibility: Visibility,
 ) -> Tensor:
     """Return ``Float[b h//groups m n]``, the predicted share of mass; see :mod:`.ops`."""
-    visible = blocks_any(band_mask(visibility, q_len, k_len), sub_block, sub_block)
+    visible = blocks_any(band_mask(visibility, q_len, k_len), query_sub_block, key_sub_block)
     visible = visible.to(query_features.device)[None]
     if visibility.key_padding is not None:
-        visible = visible & blocks_any(visibility.key_padding[:, None], 1, sub_block)
+        visible = visible & blocks_any(visibility.key_padding[:, None], 1, key_sub_block)
     if visibility.query_documents is not None and visibility.key_documents is not None:
-        query_low, query_high = _document_range(visibility.query_documents, sub_block)
-        key_low, key_high = _document_range(visibility.key_documents, sub_block)
+        query_low, query_high = _document_range(visibility.query_documents, query_sub_block)
+        key_low, key_high = _document_range(visibility.key_documents, key_sub_block)
         overlap = query_low[:, :, None] <= key_high[:, None, :]
         visible = visible & overlap & (key_low[:, None, :] <= query_high[:, :, None])
     logits = query_features @ key_features.transpose(-1, -2) * scale
     logits = logits.masked_fill(~visible[:, None], -math.inf)
-    largest = _reduce(logits, -1, key_block // sub_block, "max")
+    largest = _reduce(logits, -1, key_block // key_sub_block, "max")
     share = (largest - largest.amax(-1, keepdim=True)).exp()
     share = share / share.sum(-1, keepdim=True)
     share = share.masked_fill((largest == -math.inf).all(-1, keepdim=True), 0.0)
-    share = _reduce(share, -2, query_block // sub_block, "max")
+    share = _reduce(share, -2, query_block // query_sub_block, "max")
     return share.unflatten(1, (-1, groups)).amax(2)
 
 

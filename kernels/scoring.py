@@ -57,7 +57,12 @@ def _pool(units: Tensor, kind: str, members: Tensor | None) -> Tensor:
 
 
 def pool_features(
-    tokens: Tensor, weight: Tensor, size: int, kinds: str, padding: Tensor | None
+    tokens: Tensor,
+    weight: Tensor,
+    size: int,
+    kinds: str,
+    padding: Tensor | None,
+    groups: int = 1,
 ) -> Tensor:
     """Pool sub-blocks and project them to gate features.
 
@@ -67,22 +72,24 @@ def pool_features(
         size: Tokens per sub-block.
         kinds: Comma-joined kinds of pooling.
         padding: ``Bool[b t]``, True where a token counts.
+        groups: Consecutive heads whose features are added up.
 
     Returns:
-        ``Float[b h ceil(t/size) e]``, contiguous, of the dtype that :func:`project` says.
+        ``Float[b h//groups ceil(t/size) e]``, contiguous, of the dtype that :func:`project` says.
     """
-    return project(pool_blocks(tokens, size, kinds, padding), weight)
+    return project(pool_blocks(tokens, size, kinds, padding), weight, groups)
 
 
-def project(pooled: Tensor, weight: Tensor) -> Tensor:
-    """Project pooled tokens per query head.
+def project(pooled: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Project pooled tokens per query head, or per group of heads.
 
     Args:
         pooled: ``Float[b x t p]``; x divides h.
         weight: ``Float32[h p e]``.
+        groups: Consecutive heads whose features are added up; 1 unless x is h.
 
     Returns:
-        ``Float[b h t e]``.
+        ``Float[b h//groups t e]``.
 
     Numerics:
         On CUDA, 16-bit inputs are multiplied by weights rounded to their dtype, accumulate in
@@ -90,17 +97,21 @@ def project(pooled: Tensor, weight: Tensor) -> Tensor:
         and scores of float32 features took 3.7 ms a layer where 0.3 ms of attention followed
         (H200, 8 heads, 32,768 tokens).
     """
+    if groups > 1:
+        # The channels of a group's heads side by side: the product adds them up.
+        pooled = pooled.unflatten(1, (-1, groups)).transpose(2, 3).flatten(3)
+        weight = weight.unflatten(0, (-1, groups)).flatten(1, 2)
     batch, heads, units, channels = pooled.shape
-    groups = weight.shape[0] // heads
-    # [x, p, groups * e]: one product serves the query heads of a key head.
-    weight = weight.unflatten(0, (heads, groups)).transpose(1, 2).flatten(2)
+    served = weight.shape[0] // heads
+    # [x, p, served * e]: one product serves the query heads of a key head.
+    weight = weight.unflatten(0, (heads, served)).transpose(1, 2).flatten(2)
     left = pooled.reshape(batch * heads, units, channels)
     right = weight.expand(batch, -1, -1, -1).flatten(0, 1)
     if pooled.is_cuda and pooled.dtype in (torch.float16, torch.bfloat16):
         features = left @ right.to(pooled.dtype)
     else:
         features = torch.bmm(left.float(), right)
-    features = features.view(batch, heads, units, groups, -1)
+    features = features.view(batch, heads, units, served, -1)
     return features.transpose(2, 3).flatten(1, 2).contiguous()
 
 
@@ -120,7 +131,8 @@ def block_scores(
     query_features: Tensor,
     key_features: Tensor,
     scale: float,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     query_block: int,
     key_block: int,
     q_len: int,
@@ -130,11 +142,11 @@ def block_scores(
 ) -> Tensor:
     """Return ``Float32[b h//groups m n]``; see ``ops.block_scores``."""
     batch, heads = query_features.shape[:2]
-    band, grid = Band.of(visibility), Grid(q_len, k_len, sub_block, sub_block)
+    band, grid = Band.of(visibility), Grid(q_len, k_len, query_sub_block, key_sub_block)
     shape = Grid(q_len, k_len, query_block, key_block).shape
     result = torch.zeros(batch, heads // groups, *shape, dtype=torch.float32)
-    extra = _sub_block_masks(visibility, sub_block)
-    per_row, per_column = query_block // sub_block, key_block // sub_block
+    extra = _sub_block_masks(visibility, query_sub_block, key_sub_block)
+    per_row, per_column = query_block // query_sub_block, key_block // key_sub_block
     query_features, key_features = query_features.float(), key_features.float()
     for slab in _slabs(batch, heads, band, grid, (per_row, per_column)):
         queries, keys = query_features[slab.item, :, slab.rows], key_features[slab.item]
@@ -207,15 +219,15 @@ def _slabs(
                 yield _Slab(item, rows, columns)
 
 
-def _sub_block_masks(visibility: Visibility, unit: int) -> list[SlabMask]:
+def _sub_block_masks(visibility: Visibility, query_unit: int, key_unit: int) -> list[SlabMask]:
     """Return functions of a slab: further masks over pairs of sub-blocks."""
     masks = []
     if visibility.key_padding is not None:
-        holds = units_with_key(visibility.key_padding, unit)
+        holds = units_with_key(visibility.key_padding, key_unit)
         masks.append(lambda slab: holds[slab.item, None, slab.columns])
     if visibility.query_documents is not None and visibility.key_documents is not None:
-        low_q, high_q = document_range(visibility.query_documents, unit)
-        low_k, high_k = document_range(visibility.key_documents, unit)
+        low_q, high_q = document_range(visibility.query_documents, query_unit)
+        low_k, high_k = document_range(visibility.key_documents, key_unit)
 
         def share_document(slab: _Slab) -> Tensor:
             rows, columns = (slab.item, slab.rows, None), (slab.item, None, slab.columns)

@@ -92,26 +92,33 @@ def _insert_scores(
 ) -> Node:
     config, (query, key) = gate.config, operands
     pooled_query = builder.call(
-        ops.pool_blocks.v1, query, config.sub_block, ",".join(config.query_pools), None, role="gate"
+        ops.pool_blocks.v1,
+        *(query, config.query_sub_block, ",".join(config.query_pools), None),
+        role="gate",
     )
     pooled_key = builder.call(
         ops.pool_blocks.v1,
-        *(key, config.sub_block, ",".join(config.key_pools), visibility.key_padding),
+        *(key, config.key_sub_block, ",".join(config.key_pools), visibility.key_padding),
         role="gate",
     )
     # A softcap bends the logits of attention, not those of a gate: it keeps their order, and the
     # gate learns the shares that it leaves.
     features = [
-        builder.call(project, pooled, builder.attribute(f"{path}.{name}", gate=path), role="gate")
-        for pooled, name in ((pooled_query, "query_weight"), (pooled_key, "key_weight"))
+        builder.call(
+            project, pooled, builder.attribute(f"{path}.{name}", gate=path), groups, role="gate"
+        )
+        for pooled, name, groups in (
+            (pooled_query, "query_weight", gate.heads // gate.gate_heads),
+            (pooled_key, "key_weight", 1),
+        )
     ]
     lengths = [_length(builder, tensor) for tensor in operands]
     return builder.call(
         ops.block_scores.v1,
         *features,
-        *(scale, config.sub_block, config.block_size.query, config.block_size.key),
-        *lengths,
-        gate.groups,
+        *(scale, config.query_sub_block, config.key_sub_block),
+        *(config.block_size.query, config.block_size.key, *lengths),
+        gate.gate_heads // gate.selection_heads,
         *visibility.as_arguments().values(),
         role="gate",
     )
@@ -121,18 +128,20 @@ def _length(builder: NodeBuilder, tensor: Node) -> Any:
     return fake_value(tensor).shape[2]
 
 
-def project(pooled: Tensor, weight: Tensor) -> Tensor:
-    """Project pooled tokens per query head.
+def project(pooled: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Project pooled tokens per head, or per group of heads.
 
     Args:
         pooled: ``Float[b x t P]``, x query heads or key heads.
         weight: ``Float32[h P e]``; x divides h.
+        groups: Consecutive heads whose projections are added up.
 
     Returns:
-        ``Float32[b h t e]``.
+        ``Float32[b h//groups t e]``.
     """
     pooled = pooled.float().repeat_interleave(weight.shape[0] // pooled.shape[1], dim=1)
-    return torch.einsum("bhtp,hpe->bhte", pooled, weight)
+    pooled, weight = pooled.unflatten(1, (-1, groups)), weight.unflatten(0, (-1, groups))
+    return torch.einsum("baurp,aupe->bare", pooled, weight)
 
 
 def budget_at(budget: Tensor, lengths: list[int], k_len: int) -> Tensor:

@@ -81,13 +81,13 @@ def _add_common(parser: argparse.ArgumentParser, *, device: str = "auto") -> Non
 
 
 def _add_training(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--steps", type=int, default=2000, help="training steps (%(default)s)")
+    parser.add_argument("--steps", type=int, default=500, help="training steps (%(default)s)")
     parser.add_argument(
         "--calibration-lengths",
         "--calibration-length",
         type=int,
         nargs="+",
-        default=[8192],
+        default=[16384],
         metavar="TOKENS",
         help="tokens of a training sequence; several take turns (%(default)s)",
     )

@@ -15,10 +15,10 @@ def config_to_json(config: GateConfig) -> dict[str, Any]:
     return {
         "query_pools": list(config.query_pools),
         "key_pools": list(config.key_pools),
-        "sub_block": config.sub_block,
+        "sub_blocks": [config.query_sub_block, config.key_sub_block],
         "gate_dim": config.gate_dim,
         "block_size": [config.block_size.query, config.block_size.key],
-        "share_group": config.share_group,
+        "sharing": config.sharing,
         "selector": [selector.name, selector.budget],
     }
 
@@ -30,12 +30,14 @@ def config_from_json(data: Mapping[str, Any]) -> GateConfig:
     number: Any = int(budget) if name == "top_k" else float(budget)
     (argument,) = kinds[name].__slots__
     query, key = data["block_size"]
+    query_sub_block, key_sub_block = data["sub_blocks"]
     return GateConfig(
         query_pools=tuple(data["query_pools"]),
         key_pools=tuple(data["key_pools"]),
-        sub_block=int(data["sub_block"]),
+        query_sub_block=int(query_sub_block),
+        key_sub_block=int(key_sub_block),
         gate_dim=int(data["gate_dim"]),
         block_size=BlockSize(query=int(query), key=int(key)),
-        share_group=bool(data["share_group"]),
+        sharing=data["sharing"],
         selector=kinds[name](**{argument: number}),
     )

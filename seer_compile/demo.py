@@ -20,7 +20,7 @@ from seer_compile.api import calibrate, optimize
 from seer_compile.budget_curve import check_fraction
 from seer_compile.calibration.report import CalibrationReport
 from seer_compile.calibration.report_html import render_html
-from seer_compile.config import CalibrationConfig, GateConfig
+from seer_compile.config import CalibrationConfig
 from seer_compile.console import (
     EVALUATION_HEADER,
     Progress,
@@ -150,9 +150,8 @@ def _calibrate(
         seed=args.seed,
     )
     notify(f"calibrating {args.steps} steps")
-    # Compiling for speed needs a C++ compiler and half a minute; the demo is about quality. Two
-    # cores score sub-blocks of 8 tokens in a quarter of the time that the default's 4 take.
-    optimize(model, config=GateConfig(sub_block=8), inner="aot_eager")
+    # Compiling for speed needs a C++ compiler and half a minute; the demo is about quality.
+    optimize(model, inner="aot_eager")
     planted = planted_windows(
         tokens,
         tokenizer,

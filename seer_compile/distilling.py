@@ -98,7 +98,7 @@ class Distillation:
 
         gate, config, device = self._gate(inputs.name), self._config, inputs.query.device
         rows = sample_rows(
-            -(-inputs.query.shape[-2] // gate.config.sub_block),
+            -(-inputs.query.shape[-2] // gate.config.query_sub_block),
             config.rows_per_step,
             key=f"{config.seed}:{self._number}:{number}:{distributed.rank()}:{inputs.name}",
             device=device,

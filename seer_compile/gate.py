@@ -57,7 +57,7 @@ class AttnGate(nn.Module):
     query_weight: nn.Parameter
     """``Float32[h Pq*d e]``."""
     key_weight: nn.Parameter
-    """``Float32[h Pk*d e]``."""
+    """``Float32[a Pk*d e]``, a the ``gate_heads``."""
     budget: Tensor
     """``Float64[s L]``: the selector's budget at each of ``budget_lengths``.
 
@@ -110,12 +110,17 @@ class AttnGate(nn.Module):
     @property
     def selection_heads(self) -> int:
         """Selections per batch item: one per query head, or one per group where shared."""
-        return self.kv_heads if self.config.share_group else self.heads
+        return self.heads if self.config.sharing == "none" else self.kv_heads
 
     @property
     def groups(self) -> int:
         """Consecutive query heads that share one selection."""
         return self.heads // self.selection_heads
+
+    @property
+    def gate_heads(self) -> int:
+        """Heads that are scored: query heads, or groups of them where the gate is shared."""
+        return self.kv_heads if self.config.sharing == "gate" else self.heads
 
     @property
     def budget_lengths(self) -> tuple[int, ...]:
@@ -154,7 +159,8 @@ class AttnGate(nn.Module):
             key_padding: ``Bool[b k]``, True where a key may be read.
 
         Returns:
-            ``Float32[b h r e]`` and ``Float32[b h c e]``, differentiable in the weights only.
+            ``Float32[b a r e]`` and ``Float32[b a c e]``, a the gate heads; differentiable in the
+            weights only.
         """
         return (
             self.project_query(self.pool_query(query)),
@@ -164,23 +170,26 @@ class AttnGate(nn.Module):
     def pool_query(self, query: Tensor) -> Tensor:
         """Return ``Float32[b h r Pq*d]``; nothing is differentiated through pooling."""
         pooled = torch.ops.seer_compile.pool_blocks.v1(
-            query.detach(), self.config.sub_block, ",".join(self.config.query_pools), None
+            query.detach(), self.config.query_sub_block, ",".join(self.config.query_pools), None
         )
         return pooled.float()
 
     def pool_key(self, key: Tensor, key_padding: Tensor | None = None) -> Tensor:
         """Return ``Float32[b g c Pk*d]`` over the keys that are not padding."""
         pooled = torch.ops.seer_compile.pool_blocks.v1(
-            key.detach(), self.config.sub_block, ",".join(self.config.key_pools), key_padding
+            key.detach(), self.config.key_sub_block, ",".join(self.config.key_pools), key_padding
         )
         return pooled.float()
 
     def project_query(self, pooled: Tensor) -> Tensor:
-        """Return ``Float32[b h r e]`` from ``Float32[b h r Pq*d]``."""
-        return torch.einsum("bhrp,hpe->bhre", pooled, self.query_weight)
+        """Return ``Float32[b a r e]`` from ``Float32[b h r Pq*d]``."""
+        groups = self.heads // self.gate_heads
+        pooled = pooled.unflatten(1, (-1, groups))
+        weight = self.query_weight.unflatten(0, (-1, groups))
+        return torch.einsum("baurp,aupe->bare", pooled, weight)
 
     def project_key(self, pooled: Tensor) -> Tensor:
-        """Return ``Float32[b h c e]``, one per query head, from ``Float32[b g c Pk*d]``."""
+        """Return ``Float32[b a c e]``, one per gate head, from ``Float32[b g c Pk*d]``."""
         weight = self.key_weight.unflatten(0, (self.kv_heads, -1))
         return torch.einsum("bgcp,gupe->bguce", pooled, weight).flatten(1, 2)
 
@@ -202,12 +211,12 @@ class AttnGate(nn.Module):
             rows: ``Int64[R]``, indices of query sub-blocks; all when None.
 
         Returns:
-            ``Float32[b h R n]``, differentiable in the weights. Rows that see anything sum to 1
+            ``Float32[b a R n]``, differentiable in the weights. Rows that see anything sum to 1
             after ``exp``; hidden blocks are at most ``HIDDEN_LOGIT`` plus a few units.
         """
         visible = visible_units(
             visibility,
-            units=(self.config.sub_block, self.config.sub_block),
+            units=(self.config.query_sub_block, self.config.key_sub_block),
             lengths=(query.shape[-2], key.shape[-2]),
             device=query.device,
             rows=rows,
@@ -215,7 +224,7 @@ class AttnGate(nn.Module):
         query_features, key_features = self.features(query, key, visibility.key_padding)
         if rows is not None:
             query_features = query_features[:, :, rows]
-        per_block = self.config.block_size.key // self.config.sub_block
+        per_block = self.config.block_size.key // self.config.key_sub_block
         return block_log_mass(query_features, key_features, scale, visible, per_block)
 
     def block_scores(self, inputs: SiteInputs) -> Tensor:
@@ -232,9 +241,10 @@ class AttnGate(nn.Module):
             query_features.detach(),
             key_features.detach(),
             inputs.scale,
-            self.config.sub_block,
+            self.config.query_sub_block,
+            self.config.key_sub_block,
             *self._block_arguments(inputs),
-            self.groups,
+            self.gate_heads // self.selection_heads,
             *inputs.visibility.as_arguments().values(),
         )
 
@@ -282,10 +292,11 @@ class AttnGate(nn.Module):
         return {
             "query_pools": ",".join(self.config.query_pools),
             "key_pools": ",".join(self.config.key_pools),
-            "sub_block": self.config.sub_block,
+            "query_sub_block": self.config.query_sub_block,
+            "key_sub_block": self.config.key_sub_block,
             "query_block": self.config.block_size.query,
             "key_block": self.config.block_size.key,
-            "share_group": self.config.share_group,
+            "sharing": self.config.sharing,
             "selector": self.config.selector.name,
             "budget_lengths": list(BUDGET_LENGTHS),
         }
@@ -312,9 +323,13 @@ class AttnGate(nn.Module):
     def _initial_weights(self) -> tuple[Tensor, Tensor]:
         generator = torch.Generator(device="cpu").manual_seed(self.seed)
         query_side, key_side = _projections(self.head_dim, self.config.gate_dim, generator)
-        query = _identity(self.config.query_pools, query_side)
+        # Of heads that are projected together each counts its share.
+        query = _identity(self.config.query_pools, query_side) * (self.gate_heads / self.heads)
         key = _identity(self.config.key_pools, key_side)
-        return tuple(side.expand(self.heads, -1, -1).clone() for side in (query, key))  # type: ignore[return-value]
+        return (
+            query.expand(self.heads, -1, -1).clone(),
+            key.expand(self.gate_heads, -1, -1).clone(),
+        )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AttnGate:
         mode = self.mode

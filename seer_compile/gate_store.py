@@ -343,10 +343,11 @@ def _form(config: GateConfig) -> tuple[Any, ...]:
     return (
         config.query_pools,
         config.key_pools,
-        config.sub_block,
+        config.query_sub_block,
+        config.key_sub_block,
         config.gate_dim,
         config.block_size,
-        config.share_group,
+        config.sharing,
         config.selector.name,
     )
 

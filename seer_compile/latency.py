@@ -29,12 +29,14 @@ def relative_time(
     for name, share in shares.items():
         gate = gates[name]
         size = CallSize(
-            gate.heads,
-            gate.kv_heads,
-            gate.head_dim,
-            length,
-            gate.config.sub_block,
-            gate.config.gate_dim,
+            heads=gate.heads,
+            kv_heads=gate.kv_heads,
+            head_dim=gate.head_dim,
+            length=length,
+            gate_heads=gate.gate_heads,
+            query_sub_block=gate.config.query_sub_block,
+            key_sub_block=gate.config.key_sub_block,
+            gate_dim=gate.config.gate_dim,
         )
         known = prices or cost_model(gate.query_weight.device)
         dense += known.dense_time(size)

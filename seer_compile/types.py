@@ -2,7 +2,8 @@
 
 Letters of every shape in the project: b batch, h query heads, g key/value heads, q query tokens,
 k key tokens, d head dim, v value head dim, m query blocks, n key blocks, r query sub-blocks,
-c key sub-blocks, s selection heads (h, or g where a group shares one selection), e gate dim.
+c key sub-blocks, s selection heads (h, or g where a group shares one selection), a gate heads (h,
+or g where a group shares one gate), e gate dim.
 """
 
 from __future__ import annotations
@@ -19,7 +20,9 @@ from torch.fx import GraphModule, Node
 from seer_compile.errors import RangeError
 
 PoolKind = Literal["mean", "max", "min"]
+Sharing = Literal["none", "selection", "gate"]
 POOL_KINDS: tuple[PoolKind, ...] = ("mean", "max", "min")
+SHARINGS: tuple[Sharing, ...] = ("none", "selection", "gate")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

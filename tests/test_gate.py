@@ -32,10 +32,16 @@ from seer_compile.kernels.gated_attention import (
     MODE_FULL_BUDGET,
     MODE_SPARSE,
 )
-from seer_compile.types import BlockSize, SiteInputs, Visibility
+from seer_compile.types import POOL_KINDS, SHARINGS, BlockSize, SiteInputs, Visibility
 from support.inputs import attention_inputs, documents, key_padding, normal
 
-SMALL = GateConfig(gate_dim=32, block_size=BlockSize(query=16, key=16), sub_block=4)
+SMALL = GateConfig(
+    query_pools=POOL_KINDS,
+    query_sub_block=4,
+    gate_dim=32,
+    block_size=BlockSize(query=16, key=16),
+    sharing="none",
+)
 CAUSAL = Visibility(upper=0)
 
 
@@ -89,7 +95,11 @@ class TestUntrainedGate:
     def test_features_multiply_to_the_product_of_means(self, gate_dim, pools):
         inputs = site_inputs(heads=4, kv_heads=2, q_len=70, head_dim=32)
         config = GateConfig(
-            query_pools=pools, key_pools=pools[::-1], gate_dim=gate_dim, sub_block=8
+            query_pools=pools,
+            key_pools=pools[::-1],
+            gate_dim=gate_dim,
+            query_sub_block=8,
+            key_sub_block=8,
         )
         query, key = gate_for(inputs, config).features(inputs.query, inputs.key)
         expected = sub_block_means(inputs.query, 8) @ sub_block_means(
@@ -101,7 +111,9 @@ class TestUntrainedGate:
         inputs = site_inputs(heads=1, q_len=16, head_dim=64)
         products = []
         for seed in range(400):
-            gate = gate_for(inputs, GateConfig(gate_dim=16, sub_block=8), seed)
+            gate = gate_for(
+                inputs, GateConfig(gate_dim=16, query_sub_block=8, key_sub_block=8), seed
+            )
             query, key = gate.features(inputs.query, inputs.key)
             products.append((query @ key.transpose(-1, -2)).detach())
         found = torch.stack(products)
@@ -113,7 +125,7 @@ class TestUntrainedGate:
         inputs = site_inputs(q_len=32, head_dim=32)
         config = GateConfig(query_pools=("max", "min"), key_pools=("max", "min"), gate_dim=32)
         query, _ = gate_for(inputs, config).features(inputs.query, inputs.key)
-        tokens = inputs.query.unflatten(-2, (-1, config.sub_block))
+        tokens = inputs.query.unflatten(-2, (-1, config.query_sub_block))
         torch.testing.assert_close(query, (tokens.amax(-2) + tokens.amin(-2)) / 2)
 
     def test_every_weight_channel_has_a_gradient(self):
@@ -185,24 +197,25 @@ class TestRowLogMass:
             Visibility(upper=-5, offset=torch.tensor(5)),
         ],
     )
-    @pytest.mark.parametrize("share_group", [False, True])
-    def test_agrees_with_the_block_score_operator(self, visibility, share_group):
+    @pytest.mark.parametrize("sharing", SHARINGS)
+    def test_agrees_with_the_block_score_operator(self, visibility, sharing):
         inputs = site_inputs(visibility, batch=2, heads=4, kv_heads=2, q_len=77)
         config = GateConfig(
             gate_dim=16,
             block_size=BlockSize(query=16, key=32),
-            sub_block=8,
-            share_group=share_group,
+            query_sub_block=4,
+            key_sub_block=8,
+            sharing=sharing,
         )
         gate = gate_for(inputs, config)
         shares = gate.row_log_mass(inputs.query, inputs.key, inputs.scale, visibility).exp()
         visible = visible_units(
-            visibility, units=(8, 8), lengths=(77, 77), device=torch.device("cpu")
+            visibility, units=(4, 8), lengths=(77, 77), device=torch.device("cpu")
         )
         shares = torch.where(visible.any(-1, keepdim=True), shares, 0.0)
-        padded = nn.functional.pad(shares, (0, 0, 0, -shares.shape[-2] % 2))
-        expected = padded.unflatten(-2, (-1, 2)).amax(-2)
-        if share_group:
+        padded = nn.functional.pad(shares, (0, 0, 0, -shares.shape[-2] % 4))
+        expected = padded.unflatten(-2, (-1, 4)).amax(-2)
+        if sharing == "selection":
             expected = expected.unflatten(1, (2, 2)).amax(2)
         torch.testing.assert_close(gate.block_scores(inputs), expected, rtol=1e-4, atol=1e-6)
 

@@ -11,7 +11,16 @@ from seer_compile.kernels.cost_model import CallSize, CostModel
 from seer_compile.latency import density_for_time, relative_time
 
 PRICES = CostModel(call=5, token=0.5, gate=2.0, kept=3.0, dense=2.0)
-SIZE = CallSize(heads=8, kv_heads=2, head_dim=64, length=8192, sub_block=8, gate_dim=64)
+SIZE = CallSize(
+    heads=8,
+    kv_heads=2,
+    head_dim=64,
+    length=8192,
+    gate_heads=8,
+    query_sub_block=8,
+    key_sub_block=8,
+    gate_dim=64,
+)
 LENGTHS = (4096, 32768)
 
 

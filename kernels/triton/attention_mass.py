@@ -86,7 +86,7 @@ def launch(
     is_mean = _reduction("query_reduce", query_reduce, ("mean", "max"))
     is_sum = _reduction("key_reduce", key_reduce, ("sum", "max"))
     band = make_band(upper, lower, offset)
-    rules = column_rules(1, key_padding, query_documents, key_documents)
+    rules = column_rules((1, 1), key_padding, query_documents, key_documents)
     tiling = tiling or mass_tiling(
         padded_dim(query.shape[3]), query.dtype, shared_memory(query.device)
     )
@@ -124,7 +124,6 @@ def _run_both_passes(
     column_units = max(1, tiling.columns // padded_units[1])
     constants = {
         "PER_KEY_HEAD": heads // kv_heads,
-        "EXTENT": 1,
         "DIM": dim,
         "PADDED_DIM": padded,
         "PRECISION": dot_precision(query.dtype),

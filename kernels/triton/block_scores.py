@@ -32,7 +32,8 @@ def launch(
     query_features: Tensor,
     key_features: Tensor,
     scale: float,
-    sub_block: int,
+    query_sub_block: int,
+    key_sub_block: int,
     query_block: int,
     key_block: int,
     q_len: int,
@@ -52,11 +53,12 @@ def launch(
         query_features: ``Float[b h r e]``.
         key_features: ``Float[b h c e]``.
         scale: Factor on the logits.
-        sub_block: Tokens per sub-block.
-        query_block: Tokens per query block, a multiple of ``sub_block``.
-        key_block: Tokens per key block, a multiple of ``sub_block``.
-        q_len: Query tokens; ``r = ceil(q_len / sub_block)``.
-        k_len: Key tokens; ``c = ceil(k_len / sub_block)``.
+        query_sub_block: Tokens per sub-block of queries.
+        key_sub_block: Tokens per sub-block of keys.
+        query_block: Tokens per query block, a multiple of ``query_sub_block``.
+        key_block: Tokens per key block, a multiple of ``key_sub_block``.
+        q_len: Query tokens; ``r = ceil(q_len / query_sub_block)``.
+        k_len: Key tokens; ``c = ceil(k_len / key_sub_block)``.
         groups: Consecutive heads that share a selection.
         upper: Largest visible ``j - i``.
         lower: Smallest visible ``j - i``.
@@ -76,13 +78,15 @@ def launch(
     Raises:
         RangeError: A block is not a whole number of sub-blocks.
     """
-    if query_block % sub_block or key_block % sub_block:
-        raise RangeError(
-            argument="sub_block", got=sub_block, expected=f"a divisor of {query_block}, {key_block}"
-        )
+    extents, blocks = (query_sub_block, key_sub_block), (query_block, key_block)
+    for side, block, extent in zip(("query", "key"), blocks, extents, strict=True):
+        if block % extent:
+            raise RangeError(
+                argument=f"{side}_sub_block", got=extent, expected=f"a divisor of {block}"
+            )
     batch, heads, num_rows, dim = query_features.shape
     num_columns, device = key_features.shape[2], query_features.device
-    units = (query_block // sub_block, key_block // sub_block)
+    units = tuple(block // extent for block, extent in zip(blocks, extents, strict=True))
     shape = (ceil_div(q_len, query_block), ceil_div(k_len, key_block))
     result = torch.empty((batch, heads // groups, *shape), dtype=torch.float32, device=device)
     if result.numel() == 0 or query_features.numel() == 0 or key_features.numel() == 0:
@@ -99,16 +103,17 @@ def launch(
     if groups > 1:
         result.zero_()
     band = make_band(upper, lower, offset)
-    rules = column_rules(sub_block, key_padding, query_documents, key_documents)
+    rules = column_rules(extents, key_padding, query_documents, key_documents)
     with launching_on(query_features, "query_features"):
         score_blocks[(programs,)](
             query_features, key_features, memory, result, query_features.stride(),
             key_features.stride(), band.offset, *rules, num_rows, num_columns, *shape, q_len, k_len,
             band.upper, band.lower, positive_scale(scale), tiles, heads, batch,
-            POOLED=groups, EXTENT=sub_block, ROW_UNIT=units[0], COLUMN_UNIT=units[1],
-            ROW_UNITS=row_units, UNITS=column_units, ROWS=padded_units[0], COLUMNS=padded_units[1],
-            DIM=dim, PADDED_DIM=padded, WIDTH=_WIDTH, PRECISION=dot_precision(query_features.dtype),
-            NEGATE=scale < 0, KEEP=tiling.keep, num_warps=tiling.warps, num_stages=tiling.stages,
+            POOLED=groups, ROW_EXTENT=query_sub_block, COLUMN_EXTENT=key_sub_block,
+            ROW_UNIT=units[0], COLUMN_UNIT=units[1], ROW_UNITS=row_units, UNITS=column_units,
+            ROWS=padded_units[0], COLUMNS=padded_units[1], DIM=dim, PADDED_DIM=padded,
+            WIDTH=_WIDTH, PRECISION=dot_precision(query_features.dtype), NEGATE=scale < 0,
+            KEEP=tiling.keep, num_warps=tiling.warps, num_stages=tiling.stages,
             maxnreg=tiling.registers,
         )  # fmt: skip
     return result

@@ -1,6 +1,6 @@
 """What decides, besides the band, whether a row of a softmax map sees a column: padding, documents.
 
-Rows and columns stand for ``extent`` tokens each.
+Rows and columns stand for ``extents`` tokens each, rows of queries and columns of keys.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def _in_units(tokens: Tensor, extent: int, fill: int) -> Tensor:
 
 
 def column_rules(
-    extent: int,
+    extents: tuple[int, int],
     key_padding: Tensor | None,
     query_documents: Tensor | None,
     key_documents: Tensor | None,
 ) -> ColumnRules:
-    """Return the rules for rows and columns of ``extent`` tokens."""
+    """Return the rules for rows and columns of so many tokens."""
     usable = None
     if key_padding is not None:
-        usable = _in_units(key_padding.to(torch.uint8), extent, 0).amax(2)
+        usable = _in_units(key_padding.to(torch.uint8), extents[1], 0).amax(2)
     if query_documents is None or key_documents is None:
         return ColumnRules(usable, None, None, None, None)
     limits = torch.iinfo(torch.int32)
     ranges = []
-    for documents in (query_documents.int(), key_documents.int()):
-        ranges.append(_in_units(documents, extent, limits.max).amin(2).contiguous())
-        ranges.append(_in_units(documents, extent, limits.min).amax(2).contiguous())
+    for documents, extent in zip((query_documents, key_documents), extents, strict=True):
+        ranges.append(_in_units(documents.int(), extent, limits.max).amin(2).contiguous())
+        ranges.append(_in_units(documents.int(), extent, limits.min).amax(2).contiguous())
     return ColumnRules(usable, *ranges)

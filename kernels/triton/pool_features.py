@@ -1,9 +1,9 @@
 """Pool the tokens of each sub-block and project them to gate features, in one read of the tokens.
 
-Layout: one program per tile of sub-blocks of one head. It takes the head dim in chunks; of each it
-pools every kind in registers, as :mod:`pool_blocks` does, and multiplies the result by the rows of
-the weights that belong to it. The query heads of a key head lie side by side in the columns of one
-product, so keys too are read once. Pooled vectors never reach memory.
+Layout: one program per tile of sub-blocks of the heads whose features are added up. It takes these
+heads in turn, and the head dim in chunks; of each it pools every kind in registers, as
+:mod:`pool_blocks` does, and multiplies the result by the rows of the weights that belong to it.
+Pooled vectors never reach memory.
 
 Numerics: those of ``pool_blocks`` followed by :func:`~seer_compile.kernels.scoring.project` on
 16-bit inputs: means are summed in float32, pooled values and weights are rounded to the dtype of
@@ -97,7 +97,7 @@ def _add_product(features, pooled, weight_ptr, weight_mask):
     return tl.dot(pooled, weight, features)
 
 
-@triton.jit(do_not_specialize=["num_tokens", "num_sub_blocks", "tiles", "heads", "groups", "parts"])
+@triton.jit(do_not_specialize=["num_tokens", "num_sub_blocks", "tiles", "heads", "groups"])
 def _pool_features(
     tokens_ptr,
     weight_ptr,
@@ -110,7 +110,6 @@ def _pool_features(
     tiles,
     heads,
     groups,
-    parts,
     SIZE: tl.constexpr,
     DIM: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -118,54 +117,49 @@ def _pool_features(
     UNROLL: tl.constexpr,
     GATE_DIM: tl.constexpr,
     PADDED_GATE_DIM: tl.constexpr,
-    GROUPS_AT_ONCE: tl.constexpr,
     MEAN: tl.constexpr,
     MAXIMUM: tl.constexpr,
     MINIMUM: tl.constexpr,
 ):
-    """Write the features of one tile of sub-blocks for some of the query heads of a key head."""
-    # Programs that read the same tokens follow each other.
-    program = tl.program_id(0) // parts
-    first_group = tl.program_id(0) % parts * GROUPS_AT_ONCE
+    """Write the features of one tile of sub-blocks, summed over ``groups`` consecutive heads."""
+    program = tl.program_id(0)
     tile = program % tiles
-    head = (program // tiles % heads).to(tl.int64)
+    gate_head = (program // tiles % heads).to(tl.int64)
     batch = (program // tiles // heads).to(tl.int64)
-    base_ptr = tokens_ptr + batch * token_strides[0] + head * token_strides[1]
     if padding_ptr is not None:
         padding_ptr += batch * num_tokens
     sub_blocks = tile * TILE + tl.arange(0, TILE)
-    outputs = tl.arange(0, GROUPS_AT_ONCE * PADDED_GATE_DIM)
-    members, gate_dims = first_group + outputs // PADDED_GATE_DIM, outputs % PADDED_GATE_DIM
-    is_output = (members < groups) & (gate_dims < GATE_DIM)
-    query_heads = head * groups + members
-    weight_columns = query_heads * weight_strides[0] + gate_dims.to(tl.int64) * weight_strides[2]
-    features = tl.zeros([TILE, GROUPS_AT_ONCE * PADDED_GATE_DIM], tl.float32)
+    gate_dims = tl.arange(0, PADDED_GATE_DIM)
+    is_output = gate_dims < GATE_DIM
+    features = tl.zeros([TILE, PADDED_GATE_DIM], tl.float32)
     is_whole = (tile + 1) * TILE * SIZE <= num_tokens
-    for start in range(0, DIM, CHUNK):
-        columns = start + tl.arange(0, CHUNK)
-        if is_whole and padding_ptr is None:
-            mean, highest, lowest = _pool_chunk(
-                base_ptr, padding_ptr, sub_blocks, columns, token_strides, num_tokens,
-                DIM, SIZE, UNROLL, MEAN, MAXIMUM, MINIMUM, IS_WHOLE=True,
-            )  # fmt: skip
-        else:
-            mean, highest, lowest = _pool_chunk(
-                base_ptr, padding_ptr, sub_blocks, columns, token_strides, num_tokens,
-                DIM, SIZE, UNROLL, MEAN, MAXIMUM, MINIMUM, IS_WHOLE=False,
-            )  # fmt: skip
-        mask = (columns < DIM)[:, None] & is_output[None, :]
-        pointers = weight_ptr + columns[:, None].to(tl.int64) * weight_strides[1]
-        pointers += weight_columns[None, :]
-        if MEAN >= 0:
-            features = _add_product(features, mean, pointers + MEAN * DIM * weight_strides[1], mask)
-        if MAXIMUM >= 0:
-            place = MAXIMUM * DIM * weight_strides[1]
-            features = _add_product(features, highest, pointers + place, mask)
-        if MINIMUM >= 0:
-            place = MINIMUM * DIM * weight_strides[1]
-            features = _add_product(features, lowest, pointers + place, mask)
-    rows = (batch * heads * groups + query_heads) * num_sub_blocks
-    target = features_ptr + (rows[None, :] + sub_blocks[:, None]) * GATE_DIM + gate_dims[None, :]
+    for head in range(gate_head * groups, (gate_head + 1) * groups):
+        base_ptr = tokens_ptr + batch * token_strides[0] + head * token_strides[1]
+        head_weight_ptr = weight_ptr + head * weight_strides[0]
+        for start in range(0, DIM, CHUNK):
+            columns = start + tl.arange(0, CHUNK)
+            if is_whole and padding_ptr is None:
+                mean, highest, lowest = _pool_chunk(
+                    base_ptr, padding_ptr, sub_blocks, columns, token_strides, num_tokens,
+                    DIM, SIZE, UNROLL, MEAN, MAXIMUM, MINIMUM, IS_WHOLE=True,
+                )  # fmt: skip
+            else:
+                mean, highest, lowest = _pool_chunk(
+                    base_ptr, padding_ptr, sub_blocks, columns, token_strides, num_tokens,
+                    DIM, SIZE, UNROLL, MEAN, MAXIMUM, MINIMUM, IS_WHOLE=False,
+                )  # fmt: skip
+            mask = (columns < DIM)[:, None] & is_output[None, :]
+            pointers = head_weight_ptr + columns[:, None].to(tl.int64) * weight_strides[1]
+            pointers += gate_dims[None, :].to(tl.int64) * weight_strides[2]
+            place = DIM * weight_strides[1]
+            if MEAN >= 0:
+                features = _add_product(features, mean, pointers + MEAN * place, mask)
+            if MAXIMUM >= 0:
+                features = _add_product(features, highest, pointers + MAXIMUM * place, mask)
+            if MINIMUM >= 0:
+                features = _add_product(features, lowest, pointers + MINIMUM * place, mask)
+    rows = (batch * heads + gate_head) * num_sub_blocks + sub_blocks
+    target = features_ptr + rows[:, None] * GATE_DIM + gate_dims[None, :]
     mask = (sub_blocks < num_sub_blocks)[:, None] & is_output[None, :]
     tl.store(target, features.to(features_ptr.dtype.element_ty), mask=mask)
 
@@ -176,49 +170,50 @@ def launch(
     size: int,
     kinds: str,
     padding: Tensor | None = None,
+    groups: int = 1,
     tiling: PoolTiling | None = None,
 ) -> Tensor:
     """Pool and project sub-blocks of tokens.
 
     Args:
-        tokens: ``Float16`` or ``BFloat16``, ``[b x t d]``, any strides.
-        weight: ``Float32[h len(kinds)*d e]``; x divides h.
+        tokens: ``Float16`` or ``BFloat16``, ``[b h t d]``, any strides.
+        weight: ``Float32[h len(kinds)*d e]``.
         size: Tokens per sub-block.
         kinds: Comma-joined, distinct, out of ``mean``, ``max``, ``min``.
         padding: ``Bool[b t]``, True where a token counts.
+        groups: Consecutive heads whose features are added up.
         tiling: Overrides the tuning table.
 
     Returns:
-        ``[b h ceil(t/size) e]`` in the dtype of the tokens, contiguous.
+        ``[b h//groups ceil(t/size) e]`` in the dtype of the tokens, contiguous.
 
     Raises:
         DtypeError: Tokens of 32 bits, whose products do not run on the tensor cores.
 
     Cost:
-        One read of the tokens per ``tiling.features`` of a head; the features written.
+        One read of the tokens; the features written.
     """
     if tokens.dtype not in (torch.float16, torch.bfloat16):
         raise DtypeError(argument="tokens", got=tokens.dtype, expected="float16 or bfloat16")
     batch, heads, num_tokens, dim = tokens.shape
+    heads //= groups
     gate_dim, num_sub_blocks = weight.shape[2], ceil_div(num_tokens, size)
-    shape = (batch, weight.shape[0], num_sub_blocks, gate_dim)
+    shape = (batch, heads, num_sub_blocks, gate_dim)
     features = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
     if features.numel() == 0:
         return features
-    groups, padded = weight.shape[0] // heads, padded_dim(gate_dim)
-    tiling = tiling or pool_tiling(num_sub_blocks)
-    at_once = min(triton.next_power_of_2(groups), max(1, tiling.features // padded))
-    parts = ceil_div(groups, at_once)
+    padded = padded_dim(gate_dim)
+    tiling = tiling or pool_tiling(num_sub_blocks, size)
     tiles = ceil_div(num_sub_blocks, tiling.rows)
     order = kinds.split(",")
     places = [order.index(kind) if kind in order else -1 for kind in ("mean", "max", "min")]
     with launching_on(tokens, "tokens"):
-        _pool_features[(tiles * heads * batch * parts,)](
+        _pool_features[(tiles * heads * batch,)](
             tokens, weight, features, as_bytes(padding), tokens.stride(), weight.stride(),
-            num_tokens, num_sub_blocks, tiles, heads, groups, parts,
+            num_tokens, num_sub_blocks, tiles, heads, groups,
             SIZE=size, DIM=dim, CHUNK=min(padded_dim(dim), tiling.dims), TILE=tiling.rows,
             UNROLL=min(tiling.unroll, size & -size), GATE_DIM=gate_dim, PADDED_GATE_DIM=padded,
-            GROUPS_AT_ONCE=at_once, MEAN=places[0], MAXIMUM=places[1], MINIMUM=places[2],
+            MEAN=places[0], MAXIMUM=places[1], MINIMUM=places[2],
             num_warps=tiling.warps, num_stages=1,
         )  # fmt: skip
     return features

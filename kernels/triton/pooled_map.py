@@ -117,7 +117,6 @@ def pooled_map(
     tiles,
     heads,
     PER_KEY_HEAD: tl.constexpr,
-    EXTENT: tl.constexpr,
     ROW_UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     ROW_UNITS: tl.constexpr,
@@ -162,7 +161,7 @@ def pooled_map(
     first_row = tile * ROW_UNITS * ROW_UNIT
     last_row = tl.minimum(first_row + ROW_UNITS * ROW_UNIT, num_rows) - 1
     begin, inner_begin, inner_end, end = tile_ranges(
-        first_row, last_row, num_columns, q_len, k_len, upper, lower, EXTENT, STEP
+        first_row, last_row, num_columns, q_len, k_len, upper, lower, 1, 1, STEP
     )
     if (usable_ptr is not None) or (row_low_ptr is not None):
         inner_begin = begin
@@ -199,7 +198,7 @@ def pooled_map(
         if is_edge:
             visible = visible_pairs(
                 rows, columns, is_column, q_len, k_len, upper, lower, usable_ptr, row_low_ptr,
-                row_high_ptr, column_low_ptr, column_high_ptr, EXTENT,
+                row_high_ptr, column_low_ptr, column_high_ptr, 1, 1,
             )  # fmt: skip
             weight = tl.where(visible, weight, 0.0)
         if PADDED_COLUMN_UNIT > COLUMN_UNIT:

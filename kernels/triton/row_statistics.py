@@ -3,9 +3,10 @@
     weight[i, j] = softmax over the visible j of (scale * row[i] . column[j])
     map[m, n]    = reduce over rows i of unit m ( reduce over columns j of unit n ( weight[i, j] ))
 
-Rows and columns stand for ``EXTENT`` tokens each (one for attention, a sub-block for a gate). A
-pair is visible when the band lets any of its token pairs through, the column is flagged usable,
-and the ranges of document ids of the two overlap.
+Rows and columns are tokens. What is visible is decided for :mod:`score_blocks` too, whose rows and
+columns stand for ``ROW_EXTENT`` and ``COLUMN_EXTENT`` tokens: a pair is visible when the band lets
+any of its token pairs through, the column is flagged usable, and the ranges of document ids of the
+two overlap.
 
 This pass writes maximum and sum of each row. The second, :mod:`pooled_map`, makes the logits again,
 turns them into weights and reduces each tile in registers: nothing of size rows x columns, nor
@@ -44,12 +45,13 @@ def visible_pairs(
     row_high_ptr,
     column_low_ptr,
     column_high_ptr,
-    EXTENT: tl.constexpr,
+    ROW_EXTENT: tl.constexpr,
+    COLUMN_EXTENT: tl.constexpr,
 ):
     """Return ``[rows, columns]``; the pointers are those of one batch item."""
-    first_query, first_key = rows * EXTENT, columns * EXTENT
-    last_query = tl.minimum(first_query + EXTENT, q_len) - 1
-    last_key = tl.minimum(first_key + EXTENT, k_len) - 1
+    first_query, first_key = rows * ROW_EXTENT, columns * COLUMN_EXTENT
+    last_query = tl.minimum(first_query + ROW_EXTENT, q_len) - 1
+    last_key = tl.minimum(first_key + COLUMN_EXTENT, k_len) - 1
     if usable_ptr is not None:
         flags = tl.load(usable_ptr + columns, mask=is_column, other=0)
         is_column = is_column & (flags != 0)
@@ -76,21 +78,23 @@ def tile_ranges(
     k_len,
     upper,
     lower,
-    EXTENT: tl.constexpr,
+    ROW_EXTENT: tl.constexpr,
+    COLUMN_EXTENT: tl.constexpr,
     TILE: tl.constexpr,
 ):
     """Return the range of column tiles that any row sees, and of those that all rows see whole."""
-    first_query = first_row * EXTENT
-    last_query = tl.minimum(last_row * EXTENT + EXTENT, q_len) - 1
-    tokens = TILE * EXTENT
+    first_query = first_row * ROW_EXTENT
+    last_query = tl.minimum(last_row * ROW_EXTENT + ROW_EXTENT, q_len) - 1
+    tokens = TILE * COLUMN_EXTENT
     end = (tl.maximum(tl.minimum(k_len, last_query + upper + 1), 0) + tokens - 1) // tokens
     begin = tl.minimum(tl.maximum(first_query + lower, 0) // tokens, end)
     # All pairs are visible when the last column begins in reach of the first row's last token,
     # and the first column ends in reach of the last row's first token.
-    row_last = tl.minimum(first_query + EXTENT, q_len) - 1
-    inner_end = tl.maximum(tl.minimum((row_last + upper) // EXTENT + 1, num_columns), 0) // TILE
+    row_last = tl.minimum(first_query + ROW_EXTENT, q_len) - 1
+    reached = tl.minimum((row_last + upper) // COLUMN_EXTENT + 1, num_columns)
+    inner_end = tl.maximum(reached, 0) // TILE
     inner_end = tl.where(row_last + upper < 0, 0, inner_end)
-    needed = tl.maximum(last_row * EXTENT + lower, 0)
+    needed = tl.maximum(last_row * ROW_EXTENT + lower, 0)
     inner_begin = (needed + tokens - 1) // tokens
     inner_begin = tl.minimum(tl.maximum(inner_begin, begin), end)
     inner_end = tl.minimum(tl.maximum(inner_end, inner_begin), end)
@@ -160,7 +164,6 @@ def row_statistics(
     tiles,
     heads,
     PER_KEY_HEAD: tl.constexpr,
-    EXTENT: tl.constexpr,
     TILE_R: tl.constexpr,
     TILE_C: tl.constexpr,
     DIM: tl.constexpr,
@@ -203,7 +206,7 @@ def row_statistics(
         column_high_ptr += batch * num_columns
     last_row = tl.minimum(tile * TILE_R + TILE_R, num_rows) - 1
     begin, inner_begin, inner_end, end = tile_ranges(
-        tile * TILE_R, last_row, num_columns, q_len, k_len, upper, lower, EXTENT, TILE_C
+        tile * TILE_R, last_row, num_columns, q_len, k_len, upper, lower, 1, 1, TILE_C
     )
     if (usable_ptr is not None) or (row_low_ptr is not None):
         inner_begin = begin
@@ -239,7 +242,8 @@ def row_statistics(
             row_high_ptr,
             column_low_ptr,
             column_high_ptr,
-            EXTENT,
+            1,
+            1,
         )
         logits = logits_of(row, column, inner_scale, PRECISION, IS_CAPPED)
         running_max, running_sum = _add_tile(

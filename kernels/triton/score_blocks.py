@@ -64,7 +64,8 @@ def _largest_of_units(
     column_low_ptr,
     column_high_ptr,
     column_stride,
-    EXTENT: tl.constexpr,
+    ROW_EXTENT: tl.constexpr,
+    COLUMN_EXTENT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     COLUMNS: tl.constexpr,
     UNITS: tl.constexpr,
@@ -87,7 +88,7 @@ def _largest_of_units(
         logits = tl.dot(row, tl.trans(column), input_precision=PRECISION)
         visible = visible_pairs(
             rows, columns, is_column, q_len, k_len, upper, lower, usable_ptr, row_low_ptr,
-            row_high_ptr, column_low_ptr, column_high_ptr, EXTENT,
+            row_high_ptr, column_low_ptr, column_high_ptr, ROW_EXTENT, COLUMN_EXTENT,
         )  # fmt: skip
         logits = tl.where(visible, logits, float("-inf"))
     else:
@@ -187,7 +188,8 @@ def score_blocks(
     heads,
     batches,
     POOLED: tl.constexpr,
-    EXTENT: tl.constexpr,
+    ROW_EXTENT: tl.constexpr,
+    COLUMN_EXTENT: tl.constexpr,
     ROW_UNIT: tl.constexpr,
     COLUMN_UNIT: tl.constexpr,
     ROW_UNITS: tl.constexpr,
@@ -243,7 +245,16 @@ def score_blocks(
         first_row = tile * ROW_UNITS * ROW_UNIT
         last_row = tl.minimum(first_row + ROW_UNITS * ROW_UNIT, num_rows) - 1
         begin, inner_begin, inner_end, end = tile_ranges(
-            first_row, last_row, num_columns, q_len, k_len, upper, lower, EXTENT, STEP
+            first_row,
+            last_row,
+            num_columns,
+            q_len,
+            k_len,
+            upper,
+            lower,
+            ROW_EXTENT,
+            COLUMN_EXTENT,
+            STEP,
         )
         usable, row_low, row_high = usable_ptr, row_low_ptr, row_high_ptr
         column_low, column_high = column_low_ptr, column_high_ptr
@@ -265,8 +276,8 @@ def score_blocks(
         for step in range(inner_begin, inner_end):
             largest = _largest_of_units(
                 row, column_tile, step, rows, sizes, band, usable, row_low, row_high, column_low,
-                column_high, column_strides[2], EXTENT, COLUMN_UNIT, COLUMNS, UNITS, DIM,
-                PADDED_DIM, PRECISION, IS_EDGE=False,
+                column_high, column_strides[2], ROW_EXTENT, COLUMN_EXTENT, COLUMN_UNIT, COLUMNS,
+                UNITS, DIM, PADDED_DIM, PRECISION, IS_EDGE=False,
             )  # fmt: skip
             running_max, running_sum = _add_units(largest, running_max, running_sum, qk_scale)
             if KEEP:
@@ -275,8 +286,8 @@ def score_blocks(
             step = tl.where(edge < num_before, begin + edge, inner_end + edge - num_before)
             largest = _largest_of_units(
                 row, column_tile, step, rows, sizes, band, usable, row_low, row_high, column_low,
-                column_high, column_strides[2], EXTENT, COLUMN_UNIT, COLUMNS, UNITS, DIM,
-                PADDED_DIM, PRECISION, IS_EDGE=True,
+                column_high, column_strides[2], ROW_EXTENT, COLUMN_EXTENT, COLUMN_UNIT, COLUMNS,
+                UNITS, DIM, PADDED_DIM, PRECISION, IS_EDGE=True,
             )  # fmt: skip
             running_max, running_sum = _add_units(largest, running_max, running_sum, qk_scale)
             if KEEP:
@@ -309,8 +320,8 @@ def score_blocks(
                 if (step >= begin) & (step < end):
                     largest = _largest_of_units(
                         row, column_tile, step, rows, sizes, band, usable, row_low, row_high,
-                        column_low, column_high, column_strides[2], EXTENT, COLUMN_UNIT, COLUMNS,
-                        UNITS, DIM, PADDED_DIM, PRECISION, IS_EDGE=True,
+                        column_low, column_high, column_strides[2], ROW_EXTENT, COLUMN_EXTENT,
+                        COLUMN_UNIT, COLUMNS, UNITS, DIM, PADDED_DIM, PRECISION, IS_EDGE=True,
                     )  # fmt: skip
                     weight = tl.math.exp2((largest - maximum[:, None]) * qk_scale)
                     weight = tl.reshape(weight * factor[:, None], [ROW_UNITS, ROWS, UNITS])

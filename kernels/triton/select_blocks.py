@@ -321,7 +321,7 @@ def launch(
     counts = torch.empty(scores.shape[:3], dtype=torch.int32, device=scores.device)
     if scores.numel() == 0:
         return indices, counts.zero_()
-    usable = column_rules(key_block, key_padding, None, None).usable
+    usable = column_rules((1, key_block), key_padding, None, None).usable
     band = make_band(upper, lower, offset)
     without_bound = "same_position" if q_len == k_len else "none"
     diagonal = without_bound if upper is None else "upper_bound"

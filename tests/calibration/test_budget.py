@@ -8,7 +8,7 @@ from seer_compile.calibration.targets import attention_mass
 from seer_compile.config import Fraction, GateConfig, Threshold, TopK
 from seer_compile.errors import CalibrationDataError
 from seer_compile.gate_store import GateStore
-from seer_compile.types import BlockSize
+from seer_compile.types import SHARINGS, BlockSize
 from support.inputs import random_selection
 from support.planted import BLOCK, PlantedModel, batches
 
@@ -41,9 +41,9 @@ def test_totals_ignore_entries_past_the_count():
     torch.testing.assert_close(captured.float(), (mass * expected).sum((0, 2, 3)))
 
 
-@pytest.mark.parametrize("share_group", [False, True])
-def test_curve_equals_a_selection_done_by_hand(share_group):
-    config = GateConfig(gate_dim=32, block_size=SIZE, share_group=share_group)
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_curve_equals_a_selection_done_by_hand(sharing):
+    config = GateConfig(gate_dim=32, block_size=SIZE, sharing=sharing)
     data = batches(2, 200)
     model = PlantedModel()
     store, tables = measure(data, config, model=model)

@@ -85,7 +85,7 @@ class TestStatistics:
         assert loss(gate, item) <= before + 1e-3
 
     def test_a_site_of_one_sub_block_stays_as_it_is(self):
-        gate = AttnGate(4, 2, 16, config=GateConfig(sub_block=8))
+        gate = AttnGate(4, 2, 16, config=GateConfig(query_sub_block=8, key_sub_block=8))
         assert not fit_to_statistics(gate, site(q_len=8))
 
 
@@ -116,7 +116,10 @@ class TestTargets:
         torch.testing.assert_close(found.double(), weighted, atol=1e-4, rtol=1e-3)
 
     def test_rows_that_look_far_count_more(self):
-        item, config = site(), GateConfig(sub_block=8, block_size=BlockSize(query=16, key=16))
+        item, config = (
+            site(),
+            GateConfig(query_sub_block=8, key_sub_block=8, block_size=BlockSize(query=16, key=16)),
+        )
         target, _ = gate_target(item, config, kind="mass")
         weights = far_row_weights(target, item, config, None, more=3.0)
         assert weights.shape == target.shape[:3]

@@ -9,7 +9,13 @@ from seer_compile.config import GateConfig
 from seer_compile.types import BlockSize, SiteInputs, Visibility
 from support.inputs import attention_inputs, key_padding
 
-CONFIG = GateConfig(block_size=BlockSize(query=16, key=16), sub_block=8, gate_dim=16)
+CONFIG = GateConfig(
+    block_size=BlockSize(query=16, key=16),
+    query_sub_block=8,
+    key_sub_block=8,
+    gate_dim=16,
+    sharing="none",
+)
 
 
 def inputs_of(visibility=None, **sizes):

@@ -361,7 +361,14 @@ class TestResume:
             ({"config": dataclasses.replace(SHORT, learning_rate=0.02)}, "learning_rate"),
             ({"config": dataclasses.replace(SHORT, steps=7)}, "steps"),
             ({"data": batches(8, 160, first=1)}, "data"),
-            ({"store": GateStore(dataclasses.replace(GATES, sub_block=4))}, "sub_block"),
+            (
+                {
+                    "store": GateStore(
+                        dataclasses.replace(GATES, query_sub_block=4, key_sub_block=4)
+                    )
+                },
+                "sub_block",
+            ),
             ({"fingerprint": {"architecture": "B"}}, "architecture"),
         ],
         ids=["rate", "steps", "data", "gates", "model"],

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from seer_compile.errors import RangeError, SeerInputError
 from seer_compile.kernels import counters, gated_attention, ops, reference
-from seer_compile.types import BlockSelection, BlockSize, Visibility
+from seer_compile.types import SHARINGS, BlockSelection, BlockSize, Visibility
 from support.assertions import assert_bitwise_equal
 from support.inputs import attention_inputs, documents, key_padding, normal
 from support.kernel_cases import random_visibility
@@ -27,23 +27,25 @@ def _fresh_counters():
     counters.reset()
 
 
-def gate_arguments(inputs, *, mode=2, budget=0.6, share_group=False, selector="top_p", seed=0):
+def gate_arguments(inputs, *, mode=2, budget=0.6, sharing="none", selector="top_p", seed=0):
     """Return the operator's arguments between value and the visibility, in its order."""
     heads, head_dim = inputs.query.shape[1], inputs.query.shape[-1]
-    selections = inputs.key.shape[1] if share_group else heads
+    selections = heads if sharing == "none" else inputs.key.shape[1]
+    gate_heads = inputs.key.shape[1] if sharing == "gate" else heads
     table = torch.full((selections, len(LENGTHS)), budget)
     return (
         normal(heads, 3 * head_dim, 8, seed=seed + 1, scale=0.2),
-        normal(heads, 2 * head_dim, 8, seed=seed + 2, scale=0.2),
+        normal(gate_heads, 2 * head_dim, 8, seed=seed + 2, scale=0.2),
         table,
         torch.tensor(mode, dtype=torch.int8),
         inputs.scale,
         "mean,max,min",
         "min,mean",
+        4,
         8,
         32,
         16,
-        share_group,
+        sharing,
         selector,
         LENGTHS,
         "site",
@@ -59,21 +61,24 @@ def composed(inputs, arguments, visibility):
     """Compose the oracles, without slabs."""
     query, key, value = inputs[:3]
     query_weight, key_weight, budget, _, scale, query_pools, key_pools, *sizes = arguments
-    sub_block, query_block, key_block, share_group, selector, lengths, _ = sizes
+    query_sub_block, key_sub_block, query_block, key_block, sharing, selector, lengths, _ = sizes
     groups = query.shape[1] // key.shape[1]
-    pooled = reference.pool_blocks(query, sub_block, query_pools).float()
+    pooled = reference.pool_blocks(query, query_sub_block, query_pools).float()
     query_features = torch.einsum("bhrp,hpe->bhre", pooled, query_weight)
-    pooled = reference.pool_blocks(key, sub_block, key_pools, visibility.key_padding).float()
-    pooled = pooled.repeat_interleave(groups, 1)
+    if sharing == "gate":
+        query_features = query_features.unflatten(1, (-1, groups)).sum(2)
+    pooled = reference.pool_blocks(key, key_sub_block, key_pools, visibility.key_padding).float()
+    pooled = pooled.repeat_interleave(key_weight.shape[0] // key.shape[1], 1)
     key_features = torch.einsum("bhcp,hpe->bhce", pooled, key_weight)
     grid = (query_block, key_block, query.shape[2], key.shape[2])
     scores = reference.block_scores(
         query_features,
         key_features,
         scale,
-        sub_block,
+        query_sub_block,
+        key_sub_block,
         *grid,
-        groups if share_group else 1,
+        groups if sharing == "selection" else 1,
         visibility,
     )
     place = math.log2(key.shape[2])
@@ -106,7 +111,7 @@ def test_operator_is_the_composition_of_the_oracles(seed, selector):
     visibility = random_visibility(rng, 2, q_len, k_len)
     budget = {"top_k": 3.0, "threshold": 1.0}.get(selector, 0.6)
     arguments = gate_arguments(
-        inputs, budget=budget, selector=selector, share_group=bool(seed % 2), seed=seed
+        inputs, budget=budget, selector=selector, sharing=SHARINGS[seed % 3], seed=seed
     )
     out, lse = call(inputs, arguments, visibility)
     expected, expected_lse = composed(inputs, arguments, visibility)
@@ -344,9 +349,10 @@ def test_wrapper_is_the_operator():
         mode=arguments[3],
         query_pools=("mean", "max", "min"),
         key_pools=("min", "mean"),
-        sub_block=8,
+        query_sub_block=4,
+        key_sub_block=8,
         block_size=BlockSize(query=32, key=16),
-        share_group=False,
+        sharing="none",
         selector="top_p",
         budget_lengths=LENGTHS,
         site="site",

@@ -159,7 +159,7 @@ def test_operators_pass_opcheck_on_cuda():
             *(inputs.key.detach(), normal(4, 192, 32, device=CUDA), 8),
             *("mean,max,min", None),
         ),
-        operators.block_scores.v1: (*features, 0.5, 8, 64, 64, 200, 200, 1, 0),
+        operators.block_scores.v1: (*features, 0.5, 8, 8, 64, 64, 200, 200, 1, 0),
         operators.select_blocks.v1: (
             scores,
             torch.full((4,), 0.5, device=CUDA),

@@ -38,11 +38,11 @@ def arguments(name, visibility, *, dtype=torch.float32, requires_grad=False):  #
     if name == "pool_blocks":
         return (query.detach(), 8, "mean,max,min", visibility.key_padding)
     if name == "pool_features":
-        weight = normal(4, 48, 6, seed=2)
-        return (key.detach(), weight, 8, "mean,max,min", visibility.key_padding)
+        weight = normal(2, 48, 6, seed=2)
+        return (key.detach(), weight, 8, "mean,max,min", visibility.key_padding, 2)
     if name == "block_scores":
-        features = normal(2, 4, 10, 6), normal(2, 4, 10, 6, seed=1)
-        return (*features, 0.5, 8, 32, 16, 80, 80, 2, *readable)
+        features = normal(2, 4, 20, 6), normal(2, 4, 10, 6, seed=1)
+        return (*features, 0.5, 4, 8, 32, 16, 80, 80, 2, *readable)
     if name == "select_blocks":
         scores = normal(2, 2, 3, 5).abs()
         return (scores, torch.full((2,), 0.6), "top_p", 32, 16, 80, 80, *readable)
@@ -290,7 +290,8 @@ def test_typed_fronts_are_the_operators():
         ops.block_scores(
             *scores[:2],
             scale=0.5,
-            sub_block=8,
+            query_sub_block=4,
+            key_sub_block=8,
             block_size=block_size,
             groups=2,
             visibility=CAUSAL,

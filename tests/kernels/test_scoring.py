@@ -49,19 +49,19 @@ def test_pools_ignore_padding_and_keep_nan_of_real_tokens():
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize(("served", "groups"), [(1, 1), (4, 1), (1, 3), (1, 6)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_features_are_those_of_the_reference(layout, groups, dtype):
-    tokens = with_layout(normal(2, 3, 41, 5, dtype=dtype), layout)
-    weight = normal(3 * groups, 10, 6, seed=1)
+def test_features_are_those_of_the_reference(layout, served, groups, dtype):
+    tokens = with_layout(normal(2, 6, 41, 5, dtype=dtype), layout)
+    weight = normal(6 * served, 10, 6, seed=1)
     padding = key_padding([41, 13], 41)
     for mask in (None, padding):
-        got = ops.pool_features.v1(tokens, weight, 8, "max,mean", mask)
-        expected = reference.pool_features(tokens.float(), weight, 8, "max,mean", mask)
+        got = ops.pool_features.v1(tokens, weight, 8, "max,mean", mask, groups)
+        expected = reference.pool_features(tokens.float(), weight, 8, "max,mean", mask, groups)
         assert got.dtype is torch.float32
         assert got.is_contiguous()
-        # Means are rounded once to the dtype before they are multiplied.
-        limit = 8 * torch.finfo(dtype).eps
+        # Means are rounded once to the dtype before they are multiplied, once per head of a group.
+        limit = 8 * groups * torch.finfo(dtype).eps
         torch.testing.assert_close(got, expected, rtol=limit, atol=limit)
 
 
@@ -80,16 +80,22 @@ def test_features_of_a_malformed_call_are_refused_by_name(argument, weight, size
         ops.pool_features.v1(normal(2, 3, 41, 5), torch.zeros(weight), size, kinds)
 
 
+@pytest.mark.parametrize(("heads", "groups"), [(3, 0), (3, 2), (6, 3)])
+def test_features_of_groups_that_do_not_fit_are_refused(heads, groups):
+    with pytest.raises(SeerError, match="groups"):
+        ops.pool_features.v1(normal(2, 3, 41, 5), torch.zeros(heads, 5, 6), 8, "mean", None, groups)
+
+
 @pytest.mark.parametrize("seed", range(40))
 def test_block_scores_are_those_of_the_reference(seed):
     rng = random.Random(seed)
     q_len, k_len = rng.choice((1, 15, 64, 130)), rng.choice((1, 31, 64, 193))
-    sub_block, heads = rng.choice((4, 8, 16)), rng.choice((1, 4))
+    sub_blocks, heads = (rng.choice((1, 4, 8)), rng.choice((4, 8, 16))), rng.choice((1, 4))
     blocks = rng.choice((16, 32, 64)), rng.choice((16, 32, 64))
-    query = normal(2, heads, -(-q_len // sub_block), 6, seed=seed)
-    key = normal(2, heads, -(-k_len // sub_block), 6, seed=seed + 1)
+    query = normal(2, heads, -(-q_len // sub_blocks[0]), 6, seed=seed)
+    key = normal(2, heads, -(-k_len // sub_blocks[1]), 6, seed=seed + 1)
     visibility = random_visibility(rng, 2, q_len, k_len)
-    sizes = (0.7, sub_block, *blocks, q_len, k_len, rng.choice((1, heads)))
+    sizes = (0.7, *sub_blocks, *blocks, q_len, k_len, rng.choice((1, heads)))
     got = ops.block_scores.v1(query, key, *sizes, *visibility.as_arguments().values())
     expected = reference.block_scores(query.double(), key.double(), *sizes, visibility)
     torch.testing.assert_close(got.double(), expected, rtol=1e-5, atol=1e-6)
@@ -130,8 +136,8 @@ def test_hidden_keys_do_not_matter_to_scores_and_mass():
         dirty = poisoned(key, unread, value)
         got = ops.attention_mass.v1(query, dirty, 0.3, 8, 16, "mean", "sum", *readable)
         assert_bitwise_equal(got, clean)
-    features, others = normal(1, 2, 8, 8), normal(1, 2, 8, 8, seed=2)
-    sizes = (0.3, 8, 16, 16, 64, 64, 1)
+    features, others = normal(1, 2, 16, 8), normal(1, 2, 8, 8, seed=2)
+    sizes = (0.3, 4, 8, 16, 16, 64, 64, 1)
     clean = ops.block_scores.v1(features, others, *sizes, *readable)
     dirty = poisoned(others, unread[..., ::8].expand(1, 2, 8), math.nan)
     assert_bitwise_equal(ops.block_scores.v1(features, dirty, *sizes, *readable), clean)
@@ -146,7 +152,7 @@ def test_results_do_not_depend_on_how_rows_are_streamed(name, monkeypatch):
     def run():
         if name == "attention_mass":
             return ops.attention_mass.v1(query, key, 0.3, 8, 16, "mean", "sum", *readable)
-        return ops.block_scores.v1(query, key, 0.3, 8, 16, 16, 1280, 1280, 2, *readable)
+        return ops.block_scores.v1(query, key, 0.3, 8, 8, 16, 16, 1280, 1280, 2, *readable)
 
     whole = run()
     monkeypatch.setattr(scoring, "_SLAB_ELEMENTS", 1)

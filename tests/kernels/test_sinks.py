@@ -89,9 +89,10 @@ def gate_arguments(mode, budget=0.5):
         "mean",
         "mean",
         8,
+        8,
         32,
         16,
-        False,
+        "none",
         "top_p",
         [64],
         "site",
@@ -365,8 +366,9 @@ def test_malformed_sinks_are_refused_by_name(name, change, error):
         weights, rest = gate_arguments(2)[:4], gate_arguments(2)[7:]
         names = ("query_weight", "key_weight", "budget", "mode")
         options |= dict(zip(names, weights, strict=True))
-        options |= {"query_pools": ("mean",), "key_pools": ("mean",), "sub_block": rest[0]}
-        options |= {"block_size": BlockSize(query=32, key=16), "share_group": False}
+        options |= {"query_pools": ("mean",), "key_pools": ("mean",)}
+        options |= {"query_sub_block": rest[0], "key_sub_block": rest[1]}
+        options |= {"block_size": BlockSize(query=32, key=16), "sharing": "none"}
         options |= {"selector": "top_p", "budget_lengths": [64]}
     with pytest.raises(error, match="sinks"):
         getattr(ops, name)(query, key, value, **options)

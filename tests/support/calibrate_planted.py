@@ -14,10 +14,17 @@ from seer_compile.calibration.storage import save_gates
 from seer_compile.calibration.train import fit
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.gate_store import GateStore
-from seer_compile.types import BlockSize
+from seer_compile.types import POOL_KINDS, BlockSize
 from support.planted import BLOCK, PlantedModel, batches
 
-GATES = GateConfig(sub_block=8, gate_dim=32, block_size=BlockSize(query=BLOCK, key=BLOCK))
+GATES = GateConfig(
+    query_pools=POOL_KINDS,
+    query_sub_block=8,
+    key_sub_block=8,
+    gate_dim=32,
+    block_size=BlockSize(query=BLOCK, key=BLOCK),
+    sharing="none",
+)
 TRAINING = CalibrationConfig(
     steps=40, warmup_steps=4, learning_rate=1e-2, holdout_batches=1, checkpoint_every=3
 )

@@ -50,16 +50,16 @@ def test_features_are_as_exact_as_eager(profile):
         check_features(features_inputs(profile, Draw(1, case), "cpu", False))
 
 
-def test_features_of_many_heads_are_those_of_each_head():
-    tokens = Draw(0, 0).normal(1, 2, 80, 32).half()
-    weight = Draw(0, 1).normal(16, 96, 64) / 8
-    arguments = (8, "mean,max,min")
-    whole = pool_features.launch(tokens, weight, *arguments)
-    alone = [
-        pool_features.launch(tokens[:, head // 8, None], weight[head, None], *arguments)
-        for head in range(16)
-    ]
-    torch.testing.assert_close(whole, torch.cat(alone, 1), rtol=2**-10, atol=2**-12)
+def test_features_of_a_group_are_the_sum_of_those_of_its_heads():
+    tokens = Draw(0, 0).normal(1, 6, 80, 32).half()
+    weight = Draw(0, 1).normal(6, 96, 64) / 8
+    arguments = (8, "mean,max,min", None)
+    whole = pool_features.launch(tokens, weight, *arguments, 3)
+    alone = pool_features.launch(tokens, weight, *arguments).float()
+    # Those of single heads are rounded once more each.
+    torch.testing.assert_close(
+        whole.float(), alone.unflatten(1, (-1, 3)).sum(2), rtol=2**-10, atol=2**-8
+    )
     with pytest.raises(DtypeError, match="float16 or bfloat16"):
         pool_features.launch(tokens.float(), weight, *arguments)
 
@@ -145,5 +145,5 @@ def test_unknown_kinds_and_units_are_refused_by_name():
         attention_mass.launch(tokens, tokens, 1.0, 129, 8, "mean", "sum")
     with pytest.raises(RangeError, match="key_reduce"):
         attention_mass.launch(tokens, tokens, 1.0, 8, 8, "mean", "mean")
-    with pytest.raises(RangeError, match="sub_block=12"):
-        block_scores.launch(tokens, tokens, 1.0, 12, 16, 16, 8, 8, 1)
+    with pytest.raises(RangeError, match="key_sub_block=12"):
+        block_scores.launch(tokens, tokens, 1.0, 4, 12, 16, 16, 8, 8, 1)
