@@ -165,6 +165,50 @@ def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTilin
     return HopperTiling(consumers, heads, tiles, stages, in_registers, programs, registers)
 
 
+class HopperQueryTiling(NamedTuple):
+    """How the Hopper kernel for the gradient of the queries is cut."""
+
+    consumers: int
+    """Groups of four warps, 64 rows of one head each, that share key tiles: 1 or 2."""
+    key_stages: int
+    """Slots of the ring of keys; 2 or more where products run ahead."""
+    value_stages: int
+    in_registers: int
+    """What the first products take from registers, each of which costs ``dim / 4``: nothing,
+    queries, or queries and output gradients."""
+    ahead: int
+    """What of a tile runs beside products of another: nothing, its last product beside the first
+    ones of the next (1), or its exponentials beside the logits of the next (2)."""
+    programs: int
+    """Programs per multiprocessor."""
+    registers: int
+    """Registers per thread at entry."""
+
+
+class HopperKeyTiling(NamedTuple):
+    """How the Hopper kernel for the gradients of keys and values is cut."""
+
+    stages: int
+    """Slots of the ring of query tiles."""
+    parts: int
+    """Programs that share the first key tile: attention sinks are read by all queries."""
+    registers: int
+    """Registers per thread at entry: 128 lets two programs share a multiprocessor."""
+
+
+def hopper_query_tiling(layout: HeadLayout, dim: int) -> HopperQueryTiling:
+    """Return the tiling of the Hopper kernel for the gradient of the queries."""
+    if math.gcd(layout.per_key_head, layout.per_selection) % 2 == 0:
+        stages = 8 if dim == 64 else 4
+        return HopperQueryTiling(2, stages, stages, 1, 2, 1, 168)
+    return HopperQueryTiling(1, 6 if dim == 64 else 3, 5 if dim == 64 else 2, 1, 2, 2, 128)
+
+
+def hopper_key_tiling(dim: int) -> HopperKeyTiling:
+    """Return the tiling of the Hopper kernel for the gradients of keys and values."""
+    return HopperKeyTiling(5 if dim == 64 else 2, 8, 128)
+
+
 class BackwardTiling(NamedTuple):
     """How the two kernels are cut into tiles; each divides its block."""
 

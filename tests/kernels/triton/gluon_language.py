@@ -229,6 +229,7 @@ class Language:
                 fence_async_shared=machine.pause,
             ),
             "copy_tile": self._copy,
+            "range": lambda *bounds: map(Value, range(*map(int, bounds))),
             "meet_warps": machine.pause,
         }
 
