@@ -165,6 +165,17 @@ def attention_backward(dtype, dim, query_block, key_block, selections, softcap=N
     launch(*tensors, 0.1, query_block, key_block, upper=0, softcap=softcap)
 
 
+def hopper_backward(dtype, dim, query_block, key_block, selections):
+    from seer_compile.kernels.triton.hopper_backward import launch
+
+    query = torch.zeros(1, 8, 256, dim, dtype=dtype)
+    key = torch.zeros(1, 2, 256, dim, dtype=dtype)
+    lse = torch.zeros(1, 8, 256)
+    indices, counts = _selection(1, selections, 256, 256, query_block, key_block)
+    tensors = (query, query, key, key, query, lse, indices, counts)
+    launch(*tensors, 0.1, query_block, key_block, upper=0)
+
+
 def pool_blocks(dtype, dim, size, kinds):
     from seer_compile.kernels.triton.pool_blocks import launch
 
@@ -230,6 +241,10 @@ CASES = {
             (_FP32, 64, 64, 64, 8),
             (_BF16, 256, 64, 64, 8, 50.0),
         ],
+    ),
+    "hopper_backward": (
+        hopper_backward,
+        [(_BF16, 128, 64, 64, 2), (_BF16, 128, 64, 64, 8), (_FP16, 64, 128, 128, 8)],
     ),
     "pool_blocks": (pool_blocks, [(_BF16, 128, 8, "mean,max,min")]),
     "pool_features": (

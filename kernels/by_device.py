@@ -128,6 +128,4 @@ def block_sparse_attention_backward(
     operands = (grad_out, query, key, value, out, lse, *selection, scale, *blocks)
     if not query.is_cuda:
         return blockwise.attention_backward(*operands, visibility, softcap)
-    from seer_compile.kernels.triton import attention_backward as kernel
-
-    return kernel.launch(*operands, *visibility.as_arguments().values(), softcap=softcap)
+    return engines.backward(*operands, *visibility.as_arguments().values(), softcap=softcap)

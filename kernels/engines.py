@@ -29,6 +29,9 @@ AUTO_ENGINE = "hopper"
 """What ``auto`` means: the faster one where it was measured (one H200, ``benchmarks/engines.py``).
 Calls that it does not take, and other GPUs, go to ``portable``, and :func:`answers` says why."""
 
+AUTO_BACKWARD_ENGINE = "portable"
+"""The same for the backward; ``benchmarks/backward_speed.py`` measures it."""
+
 _chosen: ContextVar[str] = ContextVar("attention_engine", default="auto")
 _answers = Tally()
 
@@ -94,6 +97,38 @@ def forward(
             stacklevel=2,
         )
     return portable.launch(query, key, value, *rest, softcap=softcap)
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *rest: Any,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Differentiate block-sparse attention; arguments as ``attention_backward.launch``.
+
+    Raises:
+        VersionUnsupportedError: ``hopper`` was chosen and this Triton lacks what it is written in.
+    """
+    from seer_compile.kernels.triton import attention_backward as portable
+
+    arguments = (grad_out, query, key, value, *rest)
+    engine = _chosen.get()
+    if (AUTO_BACKWARD_ENGINE if engine == "auto" else engine) == "portable":
+        _answers.add("backward portable")
+        return portable.launch(*arguments, softcap=softcap)
+    reason = _obstacle(engine, query, key, value, rest[2], *rest[5:7], softcap=softcap)
+    if reason is None:
+        from seer_compile.kernels.triton import hopper_backward as hopper
+
+        reason = hopper.obstacle(grad_out, query)
+        if reason is None:
+            _answers.add("backward hopper")
+            return hopper.launch(*arguments)
+    _answers.add(f"backward portable:{reason}")
+    return portable.launch(*arguments, softcap=softcap)
 
 
 def _obstacle(

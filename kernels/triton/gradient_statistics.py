@@ -2,9 +2,9 @@
 
 Before: one tile of numbers per 64 query rows. After: the sum of the parts of the first key tile.
 
-A tile of statistics is ``Float32[128]``: ``lse * log2(e)`` of 64 rows, then ``delta[i] = sum_v grad_out[i] out[i]``
-of the same rows. A row that read nothing, or lies past the end, gets ``+inf`` and 0: with these its
-probabilities are 0.
+A tile of statistics is ``Float32[128]``: ``lse * log2(e)`` of 64 rows, then ``delta[i] = sum_v
+grad_out[i] out[i]`` of the same rows. A row that read nothing, or lies past the end, gets ``+inf``:
+with it its probabilities are 0.
 """
 
 from __future__ import annotations

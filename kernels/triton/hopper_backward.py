@@ -8,7 +8,7 @@ exponentials of one run behind the products of the other. In both a warp of its 
 ahead. Masks concern the few tiles that ``hopper_plan`` puts aside; the plan, transposed, serves
 the keys.
 
-Not for every call: :func:`obstacle` says what it does not take.
+Not for every call: ``hopper_attention.obstacle`` and :func:`obstacle` say what they do not take.
 
 Numerics: as ``attention_backward``; the log-sum-exp is taken to base 2 once per row.
 
@@ -27,7 +27,6 @@ import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from seer_compile.kernels.triton import hopper_attention
 from seer_compile.kernels.triton.gradient_statistics import add_parts, gradient_statistics
 from seer_compile.kernels.triton.hopper_attention import (
     TILE_ROWS,
@@ -59,20 +58,13 @@ from seer_compile.kernels.triton.tuning import (
 _DIMS = (64, 128)
 
 
-def obstacle(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    indices: Tensor,
-    query_block: int,
-    key_block: int,
-    softcap: float | None = None,
-) -> str | None:
-    """Return why these kernels do not take a call, or None; arguments as :func:`launch`."""
-    reason = hopper_attention.obstacle(query, key, value, indices, query_block, key_block, softcap)
-    if reason is not None:
-        return reason
+def obstacle(grad_out: Tensor, query: Tensor) -> str | None:
+    """Return why these kernels do not take a call that the forward's engine takes, or None.
+
+    Args:
+        grad_out: ``Float[b h q v]``.
+        query: ``Float[b h q d]``.
+    """
     if query.shape[3] not in _DIMS:
         return f"head dim {query.shape[3]}"
     reason = _memory_obstacle(grad_out)
@@ -212,7 +204,7 @@ def launch(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Differentiate block-sparse attention; arguments and results as ``attention_backward.launch``.
 
-    The call must have no :func:`obstacle`. The tilings override the tuning table.
+    The call must have neither obstacle. The tilings override the tuning table.
 
     Cost:
         Six launches, and a few small ones more for padding or documents; the plan and its

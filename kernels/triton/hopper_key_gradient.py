@@ -53,8 +53,10 @@ def key_item(work, PARTS: gl.constexpr):
 
 @gluon.jit
 def key_list(plan, work, batch, head, item, PER_SELECTION: gl.constexpr, SPLIT: gl.constexpr):
-    """Return the list of query blocks that read a key tile, where its whole blocks begin, and how
-    many steps with masked and with whole query tiles this program takes.
+    """Return the query blocks that read a key tile, and what of them this program takes.
+
+    Besides the list: where its whole blocks begin, and how many steps with masked and with whole
+    query tiles are of this part.
     """
     blocks_ptr, masked_ptr, whole_ptr, capacity = plan
     tiles, _, selections, _ = work
@@ -238,6 +240,7 @@ def key_gradient_kernel(
     STAGES: gl.constexpr,
     PARTS: gl.constexpr,
 ):
+    """Differentiate keys and values: four warps compute, one copies."""
     held = (make_tiles(key_desc, 1), make_tiles(value_desc, 1), _make_barriers(1, 1))
     statistics_smem = gl.allocate_shared_memory(
         statistics_desc.dtype, [STAGES, 1, 1, 128], statistics_desc.layout

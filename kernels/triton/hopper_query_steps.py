@@ -150,9 +150,10 @@ def query_whole(
     VALUE_STAGES: gl.constexpr,
     AHEAD: gl.constexpr,
 ):
-    """Take the tiles that need no mask: one after the other, or (``AHEAD`` 1) each product with
-    keys beside the first products of the next tile. All products end within a step, as the assembler
-    wants it.
+    """Take the tiles that need no mask, one after the other.
+
+    With ``AHEAD`` 1 each product with keys runs beside the first products of the next tile. All
+    products end within a step: the assembler serialises those in flight at the head of a loop.
     """
     _, _, key_ring, value_ring = rings
     dtype: gl.constexpr = key_ring[0].dtype
@@ -199,7 +200,7 @@ def query_whole_ahead(
     KEY_STAGES: gl.constexpr,
     VALUE_STAGES: gl.constexpr,
 ):
-    """Take the tiles that need no mask, the exponentials of each beside the logits of the next.
+    """Do what :func:`query_whole` does, exponentials of each tile beside the logits of the next.
 
     The last product of a tile needs its exponentials and is begun after the next logits were, so no
     compiler can move them out from behind these.

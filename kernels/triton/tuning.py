@@ -191,7 +191,8 @@ class HopperKeyTiling(NamedTuple):
     stages: int
     """Slots of the ring of query tiles."""
     parts: int
-    """Programs that share the first key tile: attention sinks are read by all queries."""
+    """Programs that share the first key tile, two or more: attention sinks are read by all
+    queries."""
     registers: int
     """Registers per thread at entry: 128 lets two programs share a multiprocessor."""
 

@@ -50,6 +50,23 @@ def test_kernels_compile_for_hopper_and_fit_its_shared_memory(op, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_hopper_backward_multiplies_without_waits(tmp_path):
+    lines = [line for line in compiled("hopper_backward", tmp_path).splitlines() if "in " in line]
+    assert len(lines) == 6
+    for line in lines:
+        products, groups, copies = map(
+            int, re.findall(r"(\d+) products in (\d+) groups, (\d+) copies", line)[0]
+        )
+        # A product over 64 keys or 64 dims takes four instructions; serialised, each is a group.
+        assert 4 * groups <= products, line
+        assert copies >= 4, line
+        local = int(re.findall(r"(\d+) local", line)[0])
+        # Both gradients at head dim 128 leave no room for the mask of an edge tile; the loop over
+        # whole tiles reads three words of addresses.
+        assert local <= (80 if "key_gradient_kernel" in line and " 128," in line else 0), line
+
+
+@pytest.mark.slow
 def test_the_hopper_engine_copies_in_bulk_multiplies_without_waits_and_spills_nothing(tmp_path):
     lines = [line for line in compiled("hopper_attention", tmp_path).splitlines() if "in " in line]
     assert len(lines) == 4
