@@ -408,7 +408,7 @@ def compile_job(job: Job) -> list[str]:
     return failed + [kernel.describe() for kernel in compiled]
 
 
-def compile_jobs(jobs: list[Job]) -> None:
+def compile_jobs(jobs: list[Job], describe: bool) -> None:
     """Compile all jobs on all cores; what fails here fails again, and is reported, when it runs."""
     start = time.perf_counter()
     workers = min(len(jobs), len(os.sched_getaffinity(0)))
@@ -419,7 +419,7 @@ def compile_jobs(jobs: list[Job]) -> None:
     for job, lines in zip(jobs, results, strict=True):
         for line in lines:
             label = (line, str(job.get("tiling")))
-            if ("_kernel" in line or "FAILED" in line) and label not in seen:
+            if ("FAILED" in line or (describe and "_kernel" in line)) and label not in seen:
                 seen.add(label)
                 print(line, job["kind"], job.get("tiling"), flush=True)
     print(f"compiled {len(jobs)} jobs in {time.perf_counter() - start:.0f} s", flush=True)
@@ -460,19 +460,27 @@ def main() -> None:
         if job["sharing"] in arguments.sharing and job["dim"] in arguments.dims
     ]  # fmt: skip
     if not arguments.compiled:
-        compile_jobs([*(portable_jobs() if "check" in arguments.only else []), *jobs])
+        others = portable_jobs() if "check" in arguments.only else []
+        compile_jobs([*others, *jobs], arguments.compile)
     if arguments.compile:
         return
     context = {**machine([], arguments.commit), "command": "python benchmarks/backward_speed.py"}
     failures = 0
+    begun = time.perf_counter()
+    best: dict[tuple[Any, ...], float] = {}
     for job, rows in engines.supervise(jobs, arguments.patience, __file__):
         for row in rows:
             failures += "failed" in row
+            if "ms" in row and job["side"] in ("query", "key"):
+                place = (job["sharing"], job["dim"], job["side"])
+                best[place] = min(best.get(place, row["ms"]), row["ms"])
             print(line_of(job, row), flush=True)
             if arguments.out:
                 with arguments.out.open("a") as file:
                     file.write(json.dumps({**job, **row, **context}) + "\n")
-    print(f"{failures} failed", flush=True)
+    for (sharing, dim, side), ms in best.items():
+        print(f"best  {sharing:9} D{dim:<3} {side:14} {ms:8.3f} ms", flush=True)
+    print(f"{failures} failed, {time.perf_counter() - begun:.0f} s", flush=True)
     sys.exit(failures > 0)
 
 
