@@ -234,7 +234,7 @@ def check(job: Job) -> Job:
             try:
                 _check_gradient(name, ours, case["recomputed"][name], case["size"][name], gold)
             except AssertionError as error:
-                return {"failed": f"case {number}: {str(error)[-300:]}"}
+                return {"failed": f"case {number}: {both_ends(str(error))}"}
             worst = max(worst, distance(ours, gold))
             portable = max(portable, distance(case["portable"][name], gold))
         try:
@@ -245,7 +245,7 @@ def check(job: Job) -> Job:
             for name, ours, theirs in zip(names, actual, poisoned, strict=True):
                 _check_bits((ours,), (theirs.where(is_read, ours),), (name,), "poison")
         except AssertionError as error:
-            return {"failed": f"case {number}: {str(error)[-300:]}"}
+            return {"failed": f"case {number}: {both_ends(str(error))}"}
     return {"error": f"{worst:.2e}", "portable_error": f"{portable:.2e}"}
 
 
@@ -366,6 +366,12 @@ def timed(function: Callable[[], Any], work: float = 0.0) -> Job:
     return row
 
 
+def both_ends(text: str) -> str:
+    """Return 300 characters of a message: a device's error begins with its name."""
+    text = " ".join(text.split())
+    return text if len(text) <= 300 else f"{text[:120]} ... {text[-175:]}"
+
+
 def run_job(job: Job) -> list[Job]:
     """Run one job; return its rows, also those made before it failed."""
     rows: list[Job] = []
@@ -380,7 +386,7 @@ def run_job(job: Job) -> list[Job]:
             # One by one: those made before a failure are kept.
             rows.append(row)
     except Exception as error:
-        rows.append({"failed": f"{type(error).__name__}: {str(error)[-300:]}"})
+        rows.append({"failed": f"{type(error).__name__}: {both_ends(str(error))}"})
     return rows
 
 
