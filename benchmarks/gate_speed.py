@@ -36,9 +36,8 @@ class Form(NamedTuple):
 
 
 FORMS = (
-    Form("default", "gate", "mean", 2, 4),
-    Form("shared gate, sub-blocks of 4", "gate", "mean,max,min", 4, 4),
-    Form("own gates, sub-blocks of 4", "none", "mean,max,min", 4, 4),
+    Form("one selection per group", "selection", "mean", 2, 4),
+    Form("one gate per group", "gate", "mean", 2, 4),
 )
 
 
@@ -96,6 +95,7 @@ def scoring_rows(
     bench: Any, features: tuple[Tensor, Tensor], form: Form, timed: Timed, *, is_table_only: bool
 ) -> Iterator[Row]:
     """Time block scores, the table's tiling beside others, the first of which is the check."""
+    groups = bench.query.shape[1] // bench.key.shape[1] if form.sharing == "selection" else 1
     multiprocessors = 132
     if features[0].is_cuda:
         multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
@@ -103,15 +103,12 @@ def scoring_rows(
     variants = [
         tiling(64, 64, 4, 3, 3 * multiprocessors, 168, False),
         None,
-        tiling(128, 128, 8, 4, 2 * multiprocessors, 128, True),
-        tiling(128, 64, 8, 3, 2 * multiprocessors, 128, True),
-        tiling(128, 64, 8, 4, 3 * multiprocessors, 80, True),
         tiling(128, 128, 8, 3, multiprocessors, 255, True),
         tiling(64, 128, 4, 3, 3 * multiprocessors, 168, True),
-        tiling(64, 128, 4, 3, 4 * multiprocessors, 128, True),
-        tiling(256, 128, 16, 3, multiprocessors, 128, True),
         tiling(256, 128, 8, 3, multiprocessors, 255, True),
-        tiling(128, 128, 8, 3, 2 * multiprocessors, 128, False),
+        tiling(256, 128, 8, 4, multiprocessors, 255, True),
+        tiling(256, 64, 8, 4, multiprocessors, 255, True),
+        tiling(128, 256, 8, 3, multiprocessors, 255, True),
     ]
     expected = None
     for number, choice in enumerate(variants):
@@ -120,7 +117,7 @@ def scoring_rows(
 
         def run(choice: ScoresTiling | None = choice) -> Tensor:
             length = bench.query.shape[2]
-            sizes = (form.query_sub_block, form.key_sub_block, BLOCK, BLOCK, length, length, 1)
+            sizes = (form.query_sub_block, form.key_sub_block, BLOCK, BLOCK, length, length, groups)
             return block_scores.launch(*features, 0.125, *sizes, upper=0, tiling=choice)
 
         if number == 0:
@@ -248,7 +245,7 @@ def form_rows(bench: Any, form: Form, tokens: int, timed: Timed) -> Iterator[Row
         draw(1, gate_heads, length // form.key_sub_block, GATE_DIM),
     )
     features = (features[0].to(bench.query.dtype), features[1].to(bench.query.dtype))
-    is_table_only = length > 32768 or form is not FORMS[0]
+    is_table_only = length > 32768
     yield from scoring_rows(bench, features, form, timed, is_table_only=is_table_only)
     if form is FORMS[0]:
         sizes = (form.query_sub_block, form.key_sub_block, BLOCK, BLOCK, length, length, 1)

@@ -25,7 +25,6 @@ from seer_compile.errors import (
 )
 from seer_compile.types import (
     POOL_KINDS,
-    SHARINGS,
     VISIBILITY_ARGUMENTS,
     BlockSelection,
     Visibility,
@@ -345,38 +344,6 @@ def check_selection_values(selection: BlockSelection, key_blocks: int) -> None:
             argument="indices",
             got="a row with repeated or descending indices",
             expected="strictly ascending indices in every row, up to its count",
-        )
-
-
-def check_gate(
-    query: Tensor, key: Tensor, weights: tuple[Any, Any], pools: tuple[Any, Any], sharing: Any
-) -> None:
-    """Check the weights of a gate against the tensors that it pools.
-
-    Raises:
-        DtypeError: Weights are not float32, or pools are no pool kinds.
-        RangeError: An unknown pool kind or kind of sharing.
-        ShapeError: Weights do not fit heads, head dim, pools, or each other.
-        DeviceError: Weights on another device.
-    """
-    check_choice("sharing", sharing, SHARINGS)
-    for side, weight, kinds in zip(("query", "key"), weights, pools, strict=True):
-        check_pools(f"{side}_pools", kinds)
-        heads = (key if side == "key" and sharing == "gate" else query).shape[1]
-        name = f"{side}_weight"
-        check_tensor(name, weight, rank=3, dtypes=(torch.float32,), device=query.device)
-        pooled = query.shape[-1] * len(kinds.split(","))
-        if tuple(weight.shape[:2]) != (heads, pooled):
-            raise ShapeError(
-                argument=f"{name}.shape",
-                got=tuple(weight.shape),
-                expected=f"({heads}, {pooled}, gate_dim): heads, pooled channels",
-            )
-    if weights[0].shape[-1] != weights[1].shape[-1]:
-        raise ShapeError(
-            argument="key_weight.shape[-1]",
-            got=weights[1].shape[-1],
-            expected=f"the gate dim of query_weight, {weights[0].shape[-1]}",
         )
 
 

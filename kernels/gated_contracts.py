@@ -28,8 +28,8 @@ from seer_compile.kernels.checks import (
     check_attention,
     check_blocks,
     check_choice,
-    check_gate,
     check_integer,
+    check_pools,
     check_scale,
     check_softcap,
     check_tensor,
@@ -38,7 +38,7 @@ from seer_compile.kernels.checks import (
 from seer_compile.kernels.contracts import NAMESPACE, visibility_of
 from seer_compile.kernels.gated_attention import GateArguments, selection_heads
 from seer_compile.kernels.sinks import check_sinks
-from seer_compile.types import Visibility
+from seer_compile.types import SHARINGS, Visibility
 
 
 @custom_op(f"{NAMESPACE}::gated_attention.v1", mutates_args=(), device_types=("cpu", "cuda"))
@@ -202,7 +202,7 @@ def _check_gated_in_full(
     sub_blocks = (gate.query_sub_block, gate.key_sub_block)
     check_blocks(gate.query_block, gate.key_block, sub_blocks)
     weights = (gate.query_weight, gate.key_weight)
-    check_gate(query, key, weights, (gate.query_pools, gate.key_pools), gate.sharing)
+    _check_gate(query, key, weights, (gate.query_pools, gate.key_pools), gate.sharing)
     check_choice("selector", gate.selector, SELECTOR_NAMES)
     check_tensor("mode", gate.mode, rank=0, dtypes=(torch.int8,), device=torch.device("cpu"))
     for length in gate.budget_lengths:
@@ -222,6 +222,38 @@ def _check_gated_in_full(
         )
     lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
     check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)
+
+
+def _check_gate(
+    query: Tensor, key: Tensor, weights: tuple[Any, Any], pools: tuple[Any, Any], sharing: Any
+) -> None:
+    """Check the weights of a gate against the tensors that it pools.
+
+    Raises:
+        DtypeError: Weights are not float32, or pools are no pool kinds.
+        RangeError: An unknown pool kind or kind of sharing.
+        ShapeError: Weights do not fit heads, head dim, pools, or each other.
+        DeviceError: Weights on another device.
+    """
+    check_choice("sharing", sharing, SHARINGS)
+    for side, weight, kinds in zip(("query", "key"), weights, pools, strict=True):
+        check_pools(f"{side}_pools", kinds)
+        heads = (key if side == "key" and sharing == "gate" else query).shape[1]
+        name = f"{side}_weight"
+        check_tensor(name, weight, rank=3, dtypes=(torch.float32,), device=query.device)
+        pooled = query.shape[-1] * len(kinds.split(","))
+        if tuple(weight.shape[:2]) != (heads, pooled):
+            raise ShapeError(
+                argument=f"{name}.shape",
+                got=tuple(weight.shape),
+                expected=f"({heads}, {pooled}, gate_dim): heads, pooled channels",
+            )
+    if weights[0].shape[-1] != weights[1].shape[-1]:
+        raise ShapeError(
+            argument="key_weight.shape[-1]",
+            got=weights[1].shape[-1],
+            expected=f"the gate dim of query_weight, {weights[0].shape[-1]}",
+        )
 
 
 def _save_gated(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
