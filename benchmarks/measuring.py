@@ -205,12 +205,16 @@ def _named_parts() -> Iterator[None]:
         for name in ("pool_features", "block_scores", "select_blocks", "block_sparse_attention"):
             part = getattr(by_device, name)
 
-            def named(*args: Any, name: str = name, part: Call = part) -> Any:
-                with torch.profiler.record_function(f"{OPERATORS}{name}"):
-                    return part(*args)
-
-            patches.enter_context(mock.patch.object(by_device, name, named))
+            patches.enter_context(mock.patch.object(by_device, name, _named(name, part)))
         yield
+
+
+def _named(name: str, part: Call) -> Call:
+    def named(*args: Any, **options: Any) -> Any:
+        with torch.profiler.record_function(f"{OPERATORS}{name}"):
+            return part(*args, **options)
+
+    return named
 
 
 def _is_kernel(event: Any) -> bool:
