@@ -16,7 +16,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -25,12 +25,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from seer_compile.kernels import by_device
+from seer_compile.kernels import by_device, gated_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
 Call = Callable[[], Any]
-OPERATORS = "seer_compile::"
 
 
 def dense_flash(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
@@ -158,71 +157,82 @@ def peak_bytes(call: Call, device: str) -> int:
 
 
 def breakdown(call: Call, device: str) -> dict[str, float]:
-    """Return milliseconds on the device per part of one call, by PyTorch's profiler.
+    """Return milliseconds on the device per part of one call.
 
-    ``attention`` is sparse or dense attention, ``selection`` and ``gate`` (all else that the gated
-    operator launches) what decides over it; ``rest`` is every other kernel.
+    ``attention`` is sparse attention, or dense where no site is sparse; ``selection`` and ``gate``
+    (all else that sites do) what decides over it; ``rest`` is every other kernel.
     """
     from torch.profiler import ProfilerActivity, profile
 
+    sites = _site_parts(call, device)
     activities = [ProfilerActivity.CPU]
     if device == "cuda":
         activities.append(ProfilerActivity.CUDA)
     synchronize(device)
-    with _named_parts(), profile(activities=activities) as profiler:
+    with profile(activities=activities) as profiler:
         call()
         synchronize(device)
-    # What is named shows a second time on the device.
-    events = [event for event in profiler.events() or [] if not _is_annotation(event)]
-    sparse, dense, selection, gated = (
-        sum(_time(event, device) for event in events if event.name.startswith(prefix))
-        for prefix in (
-            f"{OPERATORS}block_sparse_attention",
-            "aten::_scaled_dot_product",
-            f"{OPERATORS}select_blocks",
-            f"{OPERATORS}gated_attention",
-        )
-    )
+    events = list(profiler.events() or [])
     if device == "cuda":
         everything = sum(event.self_device_time_total for event in events if _is_kernel(event))
     else:
         everything = sum(event.self_cpu_time_total for event in events)
-    attention = sparse + dense
-    whole = gated or attention
+    dense = [event for event in events if event.name.startswith("aten::_scaled_dot_product")]
+    attention = sites["attention"] or sum(_time(event, device) for event in dense) / 1e3
+    whole = sites["whole"] or attention
     parts = {
         "attention": attention,
-        "selection": selection,
-        "gate": whole - attention - selection,
-        "rest": everything - whole,
+        "selection": sites["selection"],
+        "gate": whole - attention - sites["selection"],
+        "rest": everything / 1e3 - whole,
     }
-    return {name: round(microseconds / 1e3, 4) for name, microseconds in parts.items()}
+    return {name: round(ms, 4) for name, ms in parts.items()}
 
 
-@contextlib.contextmanager
-def _named_parts() -> Iterator[None]:
-    """Let the profiler see the parts of a site by the names of their operators."""
+_PARTS = {
+    "attention": (by_device, "block_sparse_attention"),
+    "selection": (by_device, "select_blocks"),
+    "whole": (gated_attention, "forward"),
+}
+
+
+def _site_parts(call: Call, device: str) -> dict[str, float]:
+    """Return the milliseconds that sites spend in each of their parts."""
+    spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in _PARTS}
     with contextlib.ExitStack() as patches:
-        for name in ("pool_features", "block_scores", "select_blocks", "block_sparse_attention"):
-            part = getattr(by_device, name)
+        for name, (module, function) in _PARTS.items():
+            timed = _timed(getattr(module, function), spans[name], device)
+            patches.enter_context(mock.patch.object(module, function, timed))
+        synchronize(device)
+        if device == "cuda":
+            # The device waits, so that gaps between launches do not count.
+            torch.cuda._sleep(20_000_000)
+        call()
+        synchronize(device)
+    if device == "cuda":
+        return {name: sum(a.elapsed_time(b) for a, b in pairs) for name, pairs in spans.items()}
+    return {name: sum(b - a for a, b in pairs) * 1e3 for name, pairs in spans.items()}
 
-            patches.enter_context(mock.patch.object(by_device, name, _named(name, part)))
-        yield
 
+def _timed(part: Call, spans: list[tuple[Any, Any]], device: str) -> Call:
+    def mark() -> Any:
+        if device != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
-def _named(name: str, part: Call) -> Call:
-    def named(*args: Any, **options: Any) -> Any:
-        with torch.profiler.record_function(f"{OPERATORS}{name}"):
-            return part(*args, **options)
+    def timed(*args: Any, **options: Any) -> Any:
+        begun = mark()
+        result = part(*args, **options)
+        spans.append((begun, mark()))
+        return result
 
-    return named
+    return timed
 
 
 def _is_kernel(event: Any) -> bool:
     return event.device_type == torch.autograd.DeviceType.CUDA
-
-
-def _is_annotation(event: Any) -> bool:
-    return _is_kernel(event) and getattr(event, "is_user_annotation", False)
 
 
 def _time(event: Any, device: str) -> float:

@@ -6,7 +6,7 @@
 Figures, each with its goals:
 
 - ``main``: pooling, scores, selection and attention in one call, causal, bf16, 32 query and 8 key
-  heads of 128; beside SDPA's flash and cuDNN; split into parts by the profiler.
+  heads of 128; beside SDPA's flash and cuDNN; split into parts.
 - ``full``: a budget of every block costs no more than the best dense backend.
 - ``short``: no length is slower than the plain SDPA call on tensors of the same layout.
 - ``memory``: what a call of 131,072 tokens allocates, and a call of 1,048,576 tokens.

@@ -35,8 +35,8 @@ from seer_compile.types import is_excluded
 from seer_compile.wrappers import base_parameters, unwrap
 
 SCHEMA = 3
-"""Of the layout, and of what weights mean: 1 summed over the sub-blocks of a block, 2 pooled queries
-as keys."""
+"""Of the layout, and of what weights mean: 1 summed over the sub-blocks of a block; 2 pooled
+queries as keys."""
 GATE_TENSORS = ("query_weight", "key_weight", "budget")
 
 _HEADER_FIELDS = {"format", "library", "model", "sites", "store", "calibration"}

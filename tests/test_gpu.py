@@ -194,7 +194,8 @@ def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
     tokens = token_ids(333).to(DEVICE)
     torch.save((tokens, program.module()(tokens)), tmp_path / "expected.pt")
     code = f"""
-        import torch, seer_compile
+        import faulthandler, torch, seer_compile
+        faulthandler.enable()
         tokens, expected = torch.load(r"{tmp_path / "expected.pt"}")
         package = torch._inductor.aoti_load_package(r"{path}")
         actual = package(tokens)
@@ -202,5 +203,5 @@ def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
     """
     # In a process of its own: the loader is C++, and where it crashes it takes the process along.
     done = run_apart(code)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{done.returncode}: {done.stdout[-500:]} {done.stderr[-3000:]}"
     assert float(done.stdout) < LIMIT[torch.float32]
