@@ -94,7 +94,7 @@ def test_mass_of_a_row_is_one_wherever_it_reads_anything():
 
 def test_scores_of_the_future_are_exactly_zero():
     features = Draw(0, 0).normal(2, 1, 2, 12, 16)
-    scores = block_scores.launch(*features, 1.0, 8, 32, 16, 96, 96, 1, upper=0)
+    scores = block_scores.launch(*features, 1.0, 8, 8, 32, 16, 96, 96, 1, upper=0)
     future = torch.arange(6)[None] * 16 > torch.arange(3)[:, None] * 32 + 31
     assert torch.equal(scores == 0, future.expand_as(scores))
 
@@ -103,7 +103,7 @@ def test_scores_of_the_future_are_exactly_zero():
 @pytest.mark.parametrize("groups", [1, 2])
 def test_scores_are_the_same_however_few_programs_share_the_tiles(groups, keep):
     features = Draw(0, 0).normal(2, 2, 4, 60, 16).half()
-    arguments = (*features, 1.0, 8, 16, 32, 470, 475, groups, 3)
+    arguments = (*features, 1.0, 8, 8, 16, 32, 470, 475, groups, 3)
     whole = block_scores.launch(*arguments)
     for programs in (1, 3, 7):
         tiling = tuning.ScoresTiling(16, 32, 4, 1, programs, 255, keep)
@@ -114,7 +114,7 @@ def test_scores_are_the_same_however_few_programs_share_the_tiles(groups, keep):
 def test_a_feature_that_is_nan_spoils_the_scores_of_the_rows_that_see_it():
     query, key = Draw(0, 0).normal(2, 1, 1, 16, 16)
     key[0, 0, 5] = float("nan")
-    scores = block_scores.launch(query, key, 1.0, 8, 16, 32, 128, 128, 1, upper=0)
+    scores = block_scores.launch(query, key, 1.0, 8, 8, 16, 32, 128, 128, 1, upper=0)
     # Sub-block 5 begins at token 40: the query block of tokens 32 to 47 is the first to see it.
     spoilt = scores.isnan().any(-1)[0, 0]
     assert spoilt.tolist() == [False, False, True, True, True, True, True, True]
@@ -122,7 +122,7 @@ def test_a_feature_that_is_nan_spoils_the_scores_of_the_rows_that_see_it():
 
 def test_a_shared_selection_takes_the_largest_score_of_its_heads():
     features = Draw(0, 0).normal(2, 1, 4, 12, 16)
-    arguments = (*features, 1.0, 8, 32, 32, 96, 96)
+    arguments = (*features, 1.0, 8, 8, 32, 32, 96, 96)
     alone = block_scores.launch(*arguments, 1, upper=0)
     shared = block_scores.launch(*arguments, 2, upper=0)
     assert torch.equal(shared, alone.unflatten(1, (2, 2)).amax(2))
