@@ -30,6 +30,8 @@ from measuring import BACKENDS, Row, add_common_options, context, device_ms, tab
 from torch import Tensor
 
 import seer_compile.kernels.ops  # noqa: F401  (registers the operators)
+from seer_compile.config import Fraction, GateConfig
+from seer_compile.gate import AttnGate
 from seer_compile.kernels.break_even import DENSE, DenseRule
 from seer_compile.kernels.dense import dense_attention
 from seer_compile.kernels.dense_backends import device_class
@@ -43,6 +45,10 @@ LENGTHS = {
 }
 DENSITY = 0.2
 """Of the calls timed: at break-even lengths a calibrated gate keeps more than at 32k tokens."""
+
+
+CONFIG = GateConfig(selector=Fraction())
+"""The gate that is timed: the default one, with the same share of the blocks in every row."""
 
 
 class Shape(NamedTuple):
@@ -89,18 +95,12 @@ def gated_call(
     shape: Shape, tensors: tuple[Tensor, Tensor, Tensor], density: float
 ) -> Callable[[], Tensor]:
     """Return a call of the gated operator that answers sparsely whatever the size."""
-    generator, device = torch.Generator().manual_seed(0), tensors[0].device
-    weights = [
-        torch.randn(shape.heads, 3 * shape.head_dim, 64, generator=generator).mul_(0.05).to(device)
-        for _ in range(2)
-    ]
-    budget = torch.full((shape.heads, 2), density, device=device)
-    mode = torch.tensor(2, dtype=torch.int8)
-    pools = ("mean,max,min", "mean,max,min")
-    sizes = (8, 64, 64, False, "fraction", [128, 1 << 20], "benchmark")
-    scale = shape.head_dim**-0.5
+    gate = AttnGate(*shape, config=CONFIG, device=tensors[0].device).requires_grad_(False)
+    gate.budget.fill_(density)
+    knobs = (gate.query_weight, gate.key_weight, gate.budget, torch.tensor(2, dtype=torch.int8))
+    arguments = (*knobs, shape.head_dim**-0.5, *gate.constants().values(), "benchmark")
     operator = torch.ops.seer_compile.gated_attention.v1
-    return lambda: operator(*tensors, *weights, budget, mode, scale, *pools, *sizes, 0)[0]
+    return lambda: operator(*tensors, *arguments, 0)[0]
 
 
 def measure(shape: Shape, length: int, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -21,9 +21,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 
-from benchmarks.break_even import CAUSAL, Shape, describe, device_class, median_ms, operands
-from seer_compile.config import Fraction, GateConfig
-from seer_compile.gate import AttnGate
+from benchmarks.break_even import (
+    CAUSAL,
+    CONFIG,
+    Shape,
+    describe,
+    device_class,
+    gated_call,
+    median_ms,
+    operands,
+)
 from seer_compile.kernels.cost_model import CallSize, CostModel
 from seer_compile.kernels.dense import dense_attention
 
@@ -34,17 +41,6 @@ SHAPES = {
     "cuda": (Shape(8, 2, 64), Shape(32, 8, 128)),
 }
 DENSITIES = (0.05, 0.2, 0.5)
-CONFIG = GateConfig(selector=Fraction())
-
-
-def gated_ms(shape: Shape, tensors: Any, density: float, device: torch.device) -> float:
-    """Time the gated operator with a fixed share of the blocks in every row."""
-    gate = AttnGate(*shape, config=CONFIG, device=device).requires_grad_(False)
-    gate.budget.fill_(density)
-    knobs = (gate.query_weight, gate.key_weight, gate.budget, torch.tensor(2, dtype=torch.int8))
-    arguments = (*knobs, shape.head_dim**-0.5, *gate.constants().values(), "benchmark")
-    operator = torch.ops.seer_compile.gated_attention.v1
-    return median_ms(lambda: operator(*tensors, *arguments, 0)[0], device)
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
@@ -62,7 +58,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> list[dict[str, Any]]:
                     device,
                 )
             }
-            times |= {d: gated_ms(shape, tensors, d, device) for d in DENSITIES}
+            times |= {d: median_ms(gated_call(shape, tensors, d), device) for d in DENSITIES}
             for density, ms in times.items():
                 record = {**shape._asdict(), "length": length, "density": density, "ms": ms}
                 records.append(record)

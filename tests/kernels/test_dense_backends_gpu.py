@@ -98,7 +98,7 @@ def test_gated_attention_differentiates_its_dense_answer(backend, monkeypatch):
     weights = [normal(8, 192, 64, seed=seed, scale=0.1, device=CUDA) for seed in (5, 6)]
     gate = (*weights, torch.ones(8, 2, device=CUDA), torch.tensor(0, dtype=torch.int8))
     pools = ("mean,max,min", "mean,max,min")
-    rest = (inputs.scale, *pools, 8, 64, 64, False, "top_p", [128, 4096], "site", 0)
+    rest = (inputs.scale, *pools, 8, 8, 64, 64, "none", "top_p", [128, 4096], "site", 0)
     leaves = [tensor.detach().requires_grad_() for tensor in inputs[:3]]
     out, _ = torch.ops.seer_compile.gated_attention.v1(*leaves, *gate, *rest)
     assert out.transpose(1, 2).is_contiguous()

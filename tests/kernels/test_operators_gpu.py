@@ -38,10 +38,11 @@ def gate_of(inputs, *, mode=2, budget=0.5, selector="top_p"):
         inputs.scale,
         "mean,max,min",
         "mean,max,min",
+        4,
         8,
         64,
         64,
-        False,
+        "none",
         selector,
         [128, 4096],
         "site",
@@ -151,7 +152,7 @@ def test_operators_pass_opcheck_on_cuda():
     leaves = [tensor.requires_grad_() for tensor in inputs[:3]]
     utilities = ("test_schema", "test_autograd_registration", "test_faketensor")
     operators = torch.ops.seer_compile
-    features = normal(1, 4, 25, 64, device=CUDA), normal(1, 4, 25, 64, seed=1, device=CUDA)
+    features = normal(1, 4, 50, 64, device=CUDA), normal(1, 4, 25, 64, seed=1, device=CUDA)
     scores = normal(1, 4, 4, 4, device=CUDA).abs()
     calls = {
         operators.pool_blocks.v1: (inputs.key.detach(), 8, "mean,max,min", None),
@@ -159,7 +160,7 @@ def test_operators_pass_opcheck_on_cuda():
             *(inputs.key.detach(), normal(4, 192, 32, device=CUDA), 8),
             *("mean,max,min", None),
         ),
-        operators.block_scores.v1: (*features, 0.5, 8, 8, 64, 64, 200, 200, 1, 0),
+        operators.block_scores.v1: (*features, 0.5, 4, 8, 64, 64, 200, 200, 1, 0),
         operators.select_blocks.v1: (
             scores,
             torch.full((4,), 0.5, device=CUDA),

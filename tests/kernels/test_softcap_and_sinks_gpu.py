@@ -70,7 +70,7 @@ def test_whole_site_at_full_budget_is_its_reference(mode, dtype, softcap, has_si
     tensors, sinks, scale = operands(dtype, head_dim=64)
     weights = [normal(HEADS, 64, 32, seed=s, scale=0.1, device=CUDA) for s in (5, 6)]
     budget, switch = torch.ones(HEADS, 1, device=CUDA), torch.tensor(mode, dtype=torch.int8)
-    rest = (scale, "mean", "mean", 8, 64, 64, False, "top_p", [128], "site")
+    rest = (scale, "mean", "mean", 8, 8, 64, 64, "none", "top_p", [128], "site")
     readable = CAUSAL.as_arguments().values()
 
     def attend(query, key, value, *sinks):
