@@ -90,8 +90,8 @@ def _run(cells: Sequence[Cell], options: argparse.Namespace) -> list[Row]:
         if options.rows is not None:
             with options.rows.open("a") as file:
                 file.write(json.dumps(dataclasses.asdict(row)) + "\n")
-        if not row.passes or row.missed:
-            kind = "missed" if row.passes else row.outcome
+        if row.outcome != "equal" or not row.passes or row.missed:
+            kind = "missed" if row.outcome == "equal" else row.outcome
             _say(f"{kind}: {row.name}: {row.sparse} of {row.counted} {row.reasons} {row.note}")
     return [known[str(cell)] for cell in cells if str(cell) in known]
 

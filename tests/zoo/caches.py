@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,8 +40,7 @@ def decoder_cache(model: nn.Module, capacity: int | None) -> Any:
     if capacity is None:
         return DynamicCache(config=config)
     cache, sample = StaticCache(config=config, max_cache_len=capacity), DynamicCache(config=config)
-    with torch.no_grad():
-        model(input_ids=torch.ones(1, 2, dtype=torch.long), past_key_values=sample, use_cache=True)
+    fill(model, sample, {"input_ids": torch.ones(1, 2, dtype=torch.long)})
     allocate(cache, sample)
     return cache
 
@@ -61,7 +61,8 @@ def encoder_decoder_cache(model: nn.Module, capacity: int | None, encoded: Tenso
         StaticCache(config=config, max_cache_len=encoded.shape[1]),
     )
     sample = growing()
-    fill(model, sample, torch.ones(1, 2, dtype=torch.long), encoded)
+    prefix = torch.ones(1, 2, dtype=torch.long)
+    fill(model, sample, {"decoder_input_ids": prefix, "encoder_outputs": (encoded,)})
     allocate(cache.self_attention_cache, sample.self_attention_cache)
     allocate(cache.cross_attention_cache, sample.cross_attention_cache)
     return cache
@@ -74,10 +75,7 @@ def allocate(cache: Any, sample: Any) -> None:
             layer.lazy_initialization(filled.keys, filled.values)
 
 
-def fill(model: nn.Module, cache: Any, prefix: Tensor, encoded: Tensor | None = None) -> None:
-    """Run a prefix, so that the cache holds it."""
-    arguments: dict[str, Any] = {"input_ids": prefix}
-    if encoded is not None:
-        arguments = {"decoder_input_ids": prefix, "encoder_outputs": (encoded,)}
+def fill(model: nn.Module, cache: Any, inputs: Mapping[str, Any]) -> None:
+    """Run the inputs of a prefix, so that the cache holds it."""
     with torch.no_grad():
-        model(**arguments, past_key_values=cache, use_cache=True)
+        model(**inputs, past_key_values=cache, use_cache=True)

@@ -110,7 +110,8 @@ def _cached(
     encoded = _encoded(model, ENCODED)
     cache = encoder_decoder_cache(model, capacity, encoded)
     if prefix:
-        fill(model, cache, token_ids(prefix, seed=1), encoded)
+        read = {"decoder_input_ids": token_ids(prefix, seed=1), "encoder_outputs": (encoded,)}
+        fill(model, cache, read)
     return WithCache(model, cache, exported=door == "export")
 
 

@@ -79,7 +79,8 @@ def without_cache(model: nn.Module, door: Door) -> nn.Module:
     return Forward(model, **({"use_cache": False} if door == "export" else {}))
 
 
-def _never_cached(model: nn.Module, door: Door) -> nn.Module:
+def never_cached(model: nn.Module, door: Door) -> nn.Module:
+    """Wrap without a cache: Hugging Face finds packed documents only then."""
     del door
     return Forward(model, use_cache=False)
 
@@ -99,7 +100,7 @@ def _cached(
 ) -> nn.Module:
     cache = decoder_cache(model, capacity)
     if prefix:
-        fill(model, cache, token_ids(prefix, seed=1))
+        fill(model, cache, {"input_ids": token_ids(prefix, seed=1)})
     return WithCache(model, cache, exported=door == "export")
 
 
@@ -117,7 +118,7 @@ PADDINGS = tuple(
     for side in SIDES
 )
 PACKED = Situation(
-    name="packed", wrap=_never_cached, make=_packed, dynamic=_TOKENS | {"position_ids": (1,)}
+    name="packed", wrap=never_cached, make=_packed, dynamic=_TOKENS | {"position_ids": (1,)}
 )
 CHUNK = Situation(
     name="dynamic cache, chunk", wrap=_continued, make=_chunk, dynamic=_TOKENS, sizes=(75, 66)
