@@ -46,6 +46,10 @@ class Mutations:
         writers = self._writes.get(self._class_of[tensor], ())
         return next((node for node in writers if first < self.position[node] < last), None)
 
+    def memory_of(self, node: Node) -> int:
+        """Return the number of the storage that a node's value may lie in."""
+        return self._class_of[node]
+
     def is_written(self, tensor: Node) -> bool:
         """Whether any call of the graph changes the tensor or what it shares memory with."""
         return self._class_of[tensor] in self._writes

@@ -190,6 +190,23 @@ def test_watched_buffers_are_reported():
     assert [tuple(tensor.shape) for tensor in result.assumed] == [(32, 32)]
 
 
+def test_remove_dead_takes_writes_that_nothing_reads():
+    def function(x):
+        unread, read, noise = (torch.zeros_like(x) for _ in range(3))
+        unread[1:].add_(x[1:]).mul_(2)
+        read[1:].add_(x[1:])
+        noise.normal_()
+        return read * 1
+
+    captured = trace(function, x := torch.randn(4, 4))
+    remove_dead(captured.graph_module)
+    assert_ops(
+        captured.graph_module,
+        {aten.add_.Tensor: 1, aten.mul_.Tensor: 0, aten.normal_.default: 1},
+    )
+    assert torch.equal(captured.graph_module(x), function(x))
+
+
 def test_remove_dead_keeps_writes_and_real_dropout():
     def function(x):
         x.add_(1)
