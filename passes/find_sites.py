@@ -27,7 +27,8 @@ from seer_compile.passes.fx_utils import (
     tensor_shape,
 )
 from seer_compile.passes.match_decomposed import match_decomposed
-from seer_compile.passes.match_fused import match_flex, match_fused
+from seer_compile.passes.match_flex import match_flex
+from seer_compile.passes.match_fused import match_fused
 from seer_compile.passes.match_softmax import as_softmax
 from seer_compile.passes.matches import Match
 from seer_compile.passes.mutation import Mutations
@@ -67,8 +68,8 @@ def _sites(graph_module: GraphModule, counter: SiteCounter, path: str) -> Iterat
         elif (softmax := as_softmax(node)) is not None:
             match = match_decomposed(softmax, number, mutations)
         elif isinstance(node.target, HigherOrderOperator):
-            if "flex_attention" in str(node.target):
-                match = match_flex(node)
+            if node.target is torch.ops.higher_order.flex_attention:
+                match = match_flex(graph_module, node, number, mutations)
             yield from _sites_of_bodies(graph_module, node, counter, path)
         if match is not None:
             name = counter.next_name([match.reader, match.softmax, match.output])

@@ -17,7 +17,7 @@ from typing import Any
 import sympy
 import torch
 from torch import Tensor
-from torch.fx import Node
+from torch.fx import Graph, Node
 
 from seer_compile.passes.constant_tensors import constant_element
 from seer_compile.passes.fx_utils import fake_value, tensor_shape
@@ -27,7 +27,6 @@ from seer_compile.passes.mask_domain import (
     TRUE,
     AllOf,
     AtMost,
-    Choice,
     Flag,
     Formula,
     Read,
@@ -36,6 +35,7 @@ from seer_compile.passes.mask_domain import (
     as_number,
     lift,
 )
+from seer_compile.passes.mask_dtypes import fits
 from seer_compile.passes.mutation import Mutations
 
 Index = tuple[sympy.Expr, ...]
@@ -43,8 +43,6 @@ Rule = Callable[["MaskInterpreter", Node, Index], Value | None]
 ZERO = sympy.Integer(0)
 # Longer chains of calls are no masks; below Python's own limit.
 _DEEPEST = 120
-_NARROW = (torch.uint8, torch.int8, torch.int16)
-_EXACT_FLOATS = (torch.float32, torch.float64)
 
 
 class MaskInterpreter:
@@ -73,6 +71,27 @@ class MaskInterpreter:
         self._constants = constants
         self._known: dict[tuple[Node, Index], Value] = {}
         self._depth = 0
+        self._is_literal = False
+        self._inputs: Mapping[Node, Value | tuple[MaskInterpreter, Node]] = {}
+
+    def literal(self) -> MaskInterpreter:
+        """Return an interpreter that takes no condition on a key for an element of a tensor.
+
+        Two of its answers are equal only where two programs compute the same.
+        """
+        other = MaskInterpreter(self._rules, self.ranges, self._mutations, self._constants)
+        other.read_of, other._symbol_of = self.read_of, self._symbol_of
+        other._is_literal = True
+        return other
+
+    def of_function(self, body: Graph, inputs: Sequence[Value | Node]) -> MaskInterpreter:
+        """Return a literal interpreter of a function's body, given values or nodes of this one."""
+        inner = MaskInterpreter(self._rules, self.ranges, Mutations(body), {}).literal()
+        inner.read_of, inner._symbol_of = self.read_of, self._symbol_of
+        given = ((self, each) if isinstance(each, Node) else each for each in inputs)
+        placeholders = (node for node in body.nodes if node.op == "placeholder")
+        inner._inputs = dict(zip(placeholders, given, strict=True))
+        return inner
 
     def operand(self, reader: Node, argument: Any, index: Index) -> Value | None:
         """Return the element of an argument that enters element ``index`` of the reader's result.
@@ -127,6 +146,9 @@ class MaskInterpreter:
         return self._symbol_of[read]
 
     def _apply_rule(self, node: Node, index: Index) -> Value | None:
+        if node in self._inputs:
+            given = self._inputs[node]
+            return given[0].element(given[1], index) if isinstance(given, tuple) else given
         constant = self._constants.get(node)
         if constant is not None and not self._mutations.is_written(node):
             value = constant_element(constant, index, self.ranges)
@@ -152,13 +174,15 @@ class MaskInterpreter:
             formula = value if isinstance(value, Formula) else lift(_is_nonzero(self), value)
             return self._settle_formula(node, index, formula)
         number = as_number(value)
-        return number if _fits(number, dtype) else self._opaque(node, index)
+        return number if fits(number, dtype) else self._opaque(node, index)
 
     def _settle_formula(self, node: Node, index: Index, formula: Formula | None) -> Formula:
         flag = Flag(Read(node, index))
         if formula is None:
             return flag
-        if formula in (TRUE, FALSE) or self.dependence(index) - self.ranges.key_side:
+        if self._is_literal or formula in (TRUE, FALSE):
+            return formula
+        if self.dependence(index) - self.ranges.key_side:
             return formula
         # Depends on the key alone: any condition, however odd, is a row of key padding.
         parts = formula.parts if isinstance(formula, AllOf) else {formula}
@@ -211,23 +235,3 @@ def _scalar(value: Any) -> Value | None:
 def _dtype(node: Node) -> torch.dtype | None:
     fake = fake_value(node)
     return fake.dtype if isinstance(fake, Tensor) else None
-
-
-def _fits(value: Any, dtype: torch.dtype) -> bool:
-    """Whether the dtype holds the value exactly, as far as positions and constants go."""
-    if isinstance(value, Choice):
-        return _fits(value.then, dtype) and _fits(value.other, dtype)
-    if isinstance(value, Real):
-        return dtype.is_floating_point
-    if isinstance(value, (float, int)):
-        return dtype.is_floating_point
-    if isinstance(value, sympy.Expr) and value.is_number:
-        return dtype.is_floating_point or _in_range(int(value), dtype)
-    return isinstance(value, sympy.Expr) and (
-        dtype in _EXACT_FLOATS if dtype.is_floating_point else dtype not in _NARROW
-    )
-
-
-def _in_range(value: int, dtype: torch.dtype) -> bool:
-    limits = torch.iinfo(dtype)
-    return limits.min <= value <= limits.max

@@ -1,4 +1,4 @@
-"""``aten.scaled_dot_product_attention`` and ``flex_attention``, taken at their word.
+"""``aten.scaled_dot_product_attention``, taken at its word.
 
 The fused call defines its axes; what remains is to find the keys behind ``repeat_kv``. Two to six
 dimensions, broadcast batch dimensions and grouped heads are all read the way the operator does.
@@ -41,36 +41,28 @@ def match_fused(node: Node, number: Number) -> Match:
     if scale is not None and match.scale is None:
         match.refuse(SkipCode.SCALE, f"`{scale}`")
     match.dropout = number(arguments["dropout_p"]) or 0.0
-    match.products = _products(match, operands, bool(arguments.get("enable_gqa", False)))
+    match.products = products_of(match, operands, bool(arguments.get("enable_gqa", False)))
     if arguments["attn_mask"] is not None:
-        axes = _logit_axes(len(shape_of(operands[0])))
+        axes = logit_axes(len(shape_of(operands[0])))
         match.mask_terms.append(MaskTerm("attn_mask", arguments["attn_mask"], axes=axes))
     return match
 
 
-def match_flex(node: Node) -> Match:
-    """Return the attention of a ``flex_attention`` call; its block mask keeps it dense."""
-    operands = (node.args[0], node.args[1], node.args[2])
-    nodes = tuple(operand for operand in operands if isinstance(operand, Node))
-    match = Match("flex", node, node, node, AxisBook())
-    match.operands = nodes if len(nodes) == 3 else None
-    if match.operands is not None:
-        match.products = _products(match, match.operands, True)
-    match.refuse(SkipCode.FLEX)
-    return match
-
-
-def _logit_axes(rank: int) -> Layout:
+def logit_axes(rank: int) -> Layout:
+    """Return the letters of the logits of a fused call."""
     return (*((letter,) for letter in "abcd"[: rank - 2]), ("q",), ("k",))
 
 
-def _products(match: Match, operands: tuple[Node, Node, Node], is_grouped: bool) -> Products | None:
+def products_of(
+    match: Match, operands: tuple[Node, Node, Node], is_grouped: bool
+) -> Products | None:
+    """Return the products of a fused call; None, and an obstacle, where its axes do not fit."""
     query, key, value = operands
     rank = len(shape_of(query))
     if not 3 <= rank <= 6 or {len(shape_of(key)), len(shape_of(value))} != {rank}:
         match.refuse(SkipCode.RANK, f"{rank} dimensions")
         return None
-    batch = _logit_axes(rank)[:-2]
+    batch = logit_axes(rank)[:-2]
     book = match.book
     for letter, size in zip((*batch, ("q",), ("d",)), shape_of(query), strict=True):
         book.sizes[letter[0]] = size

@@ -7,6 +7,7 @@ Graphs of the pre-dispatch dialect are not functional: a static cache counts its
 from __future__ import annotations
 
 import networkx
+import torch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch.fx import Graph, Node
 
@@ -58,6 +59,8 @@ class Mutations:
 def _effects(node: Node) -> tuple[list[Node], list[Node]]:
     """Return the arguments that the result may share memory with, and those that are changed."""
     if node.op != "call_function":
+        return [], []
+    if node.target is torch.ops.higher_order.flex_attention:
         return [], []
     if not isinstance(node.target, OpOverload):
         is_writing = isinstance(node.target, HigherOrderOperator) and "mutation" in str(node.target)

@@ -98,7 +98,8 @@ class NodeBuilder:
             node = self.graph_module.graph.get_attr(path)
         owner, _, name = path.rpartition(".")
         tensor = getattr(self.graph_module.get_submodule(owner), name)
-        mode = fake_mode_of([fake_value(other) for other in self.before.all_input_nodes])
+        inputs = [fake_value(other) for other in self.before.all_input_nodes]
+        mode = fake_mode_of(tree_leaves(inputs))
         value = tensor if mode is None else mode.from_tensor(tensor, static_shapes=True)
         return self._finish(node, "gate", gate, value)
 

@@ -26,7 +26,7 @@ def in_dtype(operand: Operand, product: Node, output: Node) -> Operand:
     """
     if not isinstance(fake_value(output), torch.Tensor):
         return operand
-    dtype, computed = fake_value(operand.node).dtype, fake_value(product).dtype
+    dtype, computed = fake_value(operand.node).dtype, dtype_of(product)
     if dtype == fake_value(output).dtype:
         return operand
     source = operand.node.args[0] if packet_of(operand.node) in (aten.to, aten._to_copy) else None

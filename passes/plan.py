@@ -97,8 +97,6 @@ def _sizes(site: AttentionSite) -> str:
 
 
 def _check_form(site: AttentionSite) -> SkipReason | None:
-    if site.kind == "flex":
-        return SkipReason(SkipCode.FLEX)
     if site.dropout > 0:
         return SkipReason(SkipCode.DROPOUT, f"p={site.dropout:g}")
     if site.kv_heads < 1 or site.heads % site.kv_heads:

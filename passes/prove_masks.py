@@ -37,6 +37,7 @@ from seer_compile.passes.mask_domain import (
     lift,
     negate,
 )
+from seer_compile.passes.mask_functions import agrees
 from seer_compile.passes.mask_rules import RULES
 from seer_compile.passes.mask_visibility import NotProvedError, as_visibility
 from seer_compile.passes.matches import HIDING
@@ -74,7 +75,8 @@ def prove_masks(
 def _prove(
     site: AttentionSite, mutations: Mutations, constants: Mapping[Node, Tensor]
 ) -> MaskProof:
-    if site.graph_path or site.kind == "flex" or not site.axis_sizes:
+    is_opaque = site.kind == "flex" and bool(site.obstacles)
+    if site.graph_path or is_opaque or not site.axis_sizes:
         # Nothing to interpret here: the finder has said why.
         return MaskProof(visibility=None, reason=site.obstacles[0])
     mode = getattr(fake_value(site.output), "fake_mode", None)
@@ -110,6 +112,9 @@ def _visible(
             raise NotProvedError(f"`{term.node.name}` is not boolean")
         _require_hiding(term, interpreter)
         return negate(value) if term.kind == "masked_fill" else value
+    function = term.function
+    if function is not None and not agrees(function, term.node, index, interpreter):
+        raise NotProvedError("its blocks are not known to be those of its mask function")
     if is_boolean and term.kind == "attn_mask":
         return value  # pyright: ignore[reportReturnType]
     formula = lift(lambda leaf: _leaf_visible(leaf, term), as_number(value))

@@ -76,7 +76,9 @@ def _is_root(node: Node) -> bool:
         return True
     if packet_of(node) in (*_ASSERTIONS, *_RANDOM):
         return packet_of(node) in _RANDOM and _draws(node)
-    # What a higher-order operator does is not known here, so it stays.
+    if node.target is torch.ops.higher_order.flex_attention:
+        return False
+    # What another higher-order operator does is not known here, so it stays.
     return node.is_impure() or isinstance(node.target, HigherOrderOperator)
 
 

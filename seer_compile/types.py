@@ -132,12 +132,21 @@ class Operand:
     steps: tuple[LayoutStep, ...] = ()
 
 
+class MaskFunction(NamedTuple):
+    """The mask function of ``flex_attention``: of batch item, head, query and key."""
+
+    body: GraphModule
+    captured: tuple[Any, ...]
+    """What the function reads beside those four: nodes of the graph that calls it, numbers."""
+
+
 class MaskTerm(NamedTuple):
     """One restriction or bias that the graph applies to the logits of a site."""
 
     kind: Literal["attn_mask", "add", "masked_fill", "where"]
-    """``attn_mask``: the argument of SDPA. ``add``: added to the logits. ``masked_fill``: logits
-    replaced by ``fill`` where ``node`` is True. ``where``: logits kept where ``node`` is True."""
+    """``attn_mask``: the argument of SDPA, or that of ``flex_attention`` before it became blocks.
+    ``add``: added to the logits. ``masked_fill``: logits replaced by ``fill`` where ``node`` is
+    True. ``where``: logits kept where ``node`` is True."""
     node: Node
     fill: Any = None
     axes: tuple[tuple[str, ...], ...] = (("b",), ("h",), ("q",), ("k",))
@@ -146,6 +155,8 @@ class MaskTerm(NamedTuple):
     broadcasts to these axes."""
     factor: float = 1.0
     """What multiplies ``node`` or ``fill`` on its way to the softmax."""
+    function: MaskFunction | None = None
+    """What applies inside the blocks of ``node`` that are not full; the two must agree."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, slots=True)
@@ -205,7 +216,7 @@ class SkipCode(enum.Enum):
     MUTATION = "an input is modified in place between its uses"
     HEAD_DIM = "head dim above 256 or value dim different"
     HEADS = "query heads are not a multiple of key heads"
-    FLEX = "flex_attention carries its own block mask"
+    FLEX = "flex_attention of another form"
     SCALE = "scale is not a constant"
     SUBGRAPH = "inside a sub-graph (a branch, a loop, a shared body)"
     DTYPE = "dtype is not float16, bfloat16 or float32"

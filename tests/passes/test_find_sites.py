@@ -120,14 +120,6 @@ def test_operands_widened_for_the_product_are_taken_before():
     assert check_all(inspected) == 1
 
 
-def test_flex_attention_is_listed_and_stays_dense():
-    from torch.nn.attention.flex_attention import flex_attention
-
-    inspected = inspect(flex_attention, *qkv(tokens=128, dim=16))
-    assert [site.kind for site in inspected.sites] == ["flex"]
-    assert inspected.verdicts == [SkipCode.FLEX]
-
-
 def test_finding_sites_changes_nothing():
     captured = trace(GROUPED_SPELLINGS["grouped_repeat_kv"], *qkv(kv_heads=G))
     before = str(captured.graph_module.graph)

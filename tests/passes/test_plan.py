@@ -38,7 +38,7 @@ def test_plan_makes_a_proved_site_sparse():
 @pytest.mark.parametrize(
     ("changes", "code"),
     [
-        ({"kind": "flex"}, SkipCode.FLEX),
+        ({"kind": "flex", "obstacles": (SkipReason(SkipCode.FLEX),)}, SkipCode.FLEX),
         ({"dropout": 0.1}, SkipCode.DROPOUT),
         ({"kv_heads": 3}, SkipCode.HEADS),
         ({"head_dim": 320}, SkipCode.HEAD_DIM),
