@@ -38,6 +38,7 @@ SAMPLE = (
     "vit / sdpa / no mask / dynamic / export",
     "wav2vec2 / sdpa / right padding / static / export",
     "clip / eager / right padding / static / export",
+    "llava / sdpa / static cache, prefill / dynamic / export",
     "timm vit / eager / no mask / static / export",
     "flux / sdpa / no mask / dynamic / dynamo",
     "unet / sdpa / no mask / static / export",
