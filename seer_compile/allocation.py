@@ -61,6 +61,8 @@ def allocate(
     known = {name: (sensitivities or {}).get(name) for name in curves}
     searched = {name: (tables or {}).get(name) for name in curves}
     allocation = choose_allocation(allocation, known, searched)
+    if density == 1:
+        return dict.fromkeys(curves, 1.0)
     if allocation == "searched":
         found = {name: table.at(length, density) for name, table in searched.items() if table}
         return with_mean(found, density, least=least_densities(curves, length))

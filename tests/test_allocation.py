@@ -70,6 +70,15 @@ def test_the_average_is_kept(allocation, density):
     assert all(0 < share <= 1 + 1e-12 for share in shares.values())
 
 
+@pytest.mark.parametrize("allocation", NOT_SEARCHED)
+@pytest.mark.parametrize("names", [["hard"], ["easy", "hard"], [*CURVES]])
+def test_every_site_gets_all_blocks_where_all_are_asked_for(allocation, names):
+    curves, known = ({n: part[n] for n in names} for part in (CURVES, SENSITIVITIES))
+    shares = allocate(curves, 1.0, length=2048, allocation=allocation, sensitivities=known)
+    # A share that rounding left below 1 buys a budget below 1 where the curve is flat.
+    assert shares == dict.fromkeys(names, 1.0)
+
+
 @pytest.mark.parametrize("allocation", ["sensitivity", "equal_marginal"])
 def test_blocks_that_a_budget_cannot_give_go_to_sites_that_can_use_them(allocation):
     # Nearly all mass of the sharp site sits in few blocks: its last budgets are 1 - 1e-14 and 1.

@@ -161,15 +161,15 @@ def test_block_scores_by_hand():
     query = torch.ones(1, 1, 1, 1)
     key = torch.tensor([0.0, math.log(2.0), math.log(5.0), 100.0]).reshape(1, 1, 4, 1)
     visibility = Visibility(upper=11)
-    scores = reference.block_scores(query, key, 1.0, 4, 4, 8, 1, 16, 1, visibility)
+    scores = reference.block_scores(query, key, 1.0, 4, 4, 4, 8, 1, 16, 1, visibility)
     torch.testing.assert_close(scores.flatten(), torch.tensor([2 / 7, 5 / 7]))
 
 
 def test_block_scores_take_the_neediest_row_and_head():
     query = torch.tensor([[[[0.0], [1.0]], [[2.0], [0.0]]]])
     key = torch.tensor([[[[0.0], [10.0]], [[0.0], [10.0]]]])
-    per_head = reference.block_scores(query, key, 1.0, 8, 16, 8, 16, 16, 1, Visibility())
-    shared = reference.block_scores(query, key, 1.0, 8, 16, 8, 16, 16, 2, Visibility())
+    per_head = reference.block_scores(query, key, 1.0, 8, 8, 16, 8, 16, 16, 1, Visibility())
+    shared = reference.block_scores(query, key, 1.0, 8, 8, 16, 8, 16, 16, 2, Visibility())
     assert per_head.shape == (1, 2, 1, 2)
     torch.testing.assert_close(per_head[0, :, 0, 0], torch.tensor([0.5, 0.5]))
     assert torch.equal(shared, per_head.amax(1, keepdim=True))
