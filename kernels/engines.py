@@ -11,7 +11,7 @@ Example:
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from types import ModuleType
@@ -26,11 +26,9 @@ from seer_compile.kernels.counters import Tally
 ENGINES = ("auto", "portable", "hopper")
 
 AUTO_ENGINE = "hopper"
-"""What ``auto`` means: the faster one where it was measured (one H200, ``benchmarks/engines.py``).
-Calls that it does not take, and other GPUs, go to ``portable``, and :func:`answers` says why."""
-
-AUTO_BACKWARD_ENGINE = "hopper"
-"""The same for the backward (``benchmarks/backward_speed.py``): 5.5 against 13.3 ms."""
+"""What ``auto`` means: the faster one where it was measured (one H200, ``benchmarks/engines.py``,
+``backward_speed.py``). Calls that it does not take, and other GPUs, go to ``portable``, and
+:func:`answers` says why."""
 
 _chosen: ContextVar[str] = ContextVar("attention_engine", default="auto")
 _answers = Tally()
@@ -81,16 +79,11 @@ def forward(
     """
     from seer_compile.kernels.triton import attention_forward as portable
 
-    engine = _chosen.get()
-    if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
-        _answers.add("portable")
-        return portable.launch(query, key, value, *rest, softcap=softcap)
-    reason = _obstacle(engine, query, key, value, rest[0], *rest[3:5], softcap=softcap)
-    if reason is None:
-        _answers.add("hopper")
+    def obstacle(engine: str) -> str | None:
+        return _obstacle(engine, query, key, value, rest[0], *rest[3:5], softcap=softcap)
+
+    if _goes_to_hopper("", obstacle):
         return _import_hopper().launch(query, key, value, *rest)
-    _answers.add(f"portable:{reason}")
-    _warn_of_fallback(engine, reason)
     return portable.launch(query, key, value, *rest, softcap=softcap)
 
 
@@ -109,31 +102,40 @@ def backward(
     """
     from seer_compile.kernels.triton import attention_backward as portable
 
-    arguments = (grad_out, query, key, value, *rest)
-    engine = _chosen.get()
-    if (AUTO_BACKWARD_ENGINE if engine == "auto" else engine) == "portable":
-        _answers.add("backward portable")
-        return portable.launch(*arguments, softcap=softcap)
-    reason = _obstacle(engine, query, key, value, rest[2], *rest[5:7], softcap=softcap)
-    if reason is None:
-        from seer_compile.kernels.triton import hopper_backward as hopper
+    def obstacle(engine: str) -> str | None:
+        reason = _obstacle(engine, query, key, value, rest[2], *rest[5:7], softcap=softcap)
+        if reason is not None:
+            return reason
+        from seer_compile.kernels.triton import hopper_backward
 
-        reason = hopper.obstacle(grad_out, query)
-        if reason is None:
-            _answers.add("backward hopper")
-            return hopper.launch(*arguments)
-    _answers.add(f"backward portable:{reason}")
-    _warn_of_fallback(engine, reason)
+        return hopper_backward.obstacle(grad_out, query)
+
+    arguments = (grad_out, query, key, value, *rest)
+    if _goes_to_hopper("backward ", obstacle):
+        from seer_compile.kernels.triton import hopper_backward
+
+        return hopper_backward.launch(*arguments)
     return portable.launch(*arguments, softcap=softcap)
 
 
-def _warn_of_fallback(engine: str, reason: str) -> None:
+def _goes_to_hopper(call: str, find_obstacle: Callable[[str], str | None]) -> bool:
+    """Choose the engine of a call, count it, and warn where it is not the one asked for by name."""
+    engine = _chosen.get()
+    if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
+        _answers.add(f"{call}portable")
+        return False
+    reason = find_obstacle(engine)
+    if reason is None:
+        _answers.add(f"{call}hopper")
+        return True
+    _answers.add(f"{call}portable:{reason}")
     if engine != "auto":
         warnings.warn(
             f"The hopper engine does not take this call, the portable one does: {reason}",
             EngineFallbackWarning,
             stacklevel=3,
         )
+    return False
 
 
 def _obstacle(

@@ -164,8 +164,7 @@ def key_value_gradient(
         SPLIT=query_block // TILE_ROWS, STAGES=tiling.stages, PARTS=tiling.parts, num_warps=4,
         maxnreg=tiling.registers,
     )  # fmt: skip
-    if tiling.parts > 1:
-        add_parts(sums, key_target, value_target, call.visibility[8])
+    add_parts(sums, key_target, value_target, call.visibility[8])
 
 
 def _describe_statistics(statistics: Tensor) -> TensorDescriptor:

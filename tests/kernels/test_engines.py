@@ -13,7 +13,12 @@ from seer_compile.kernels import engines
 
 pytest.importorskip("triton")
 
-from seer_compile.kernels.triton import attention_forward, hopper_attention
+from seer_compile.kernels.triton import (
+    attention_backward,
+    attention_forward,
+    hopper_attention,
+    hopper_backward,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -25,9 +30,14 @@ def _fresh_counts():
 
 @pytest.fixture
 def launched(monkeypatch):
-    """Replace both launches by notes of who was called."""
+    """Replace all launches by notes of who was called."""
     calls = []
-    for name, module in (("portable", attention_forward), ("hopper", hopper_attention)):
+    for name, module in (
+        ("portable", attention_forward),
+        ("hopper", hopper_attention),
+        ("backward portable", attention_backward),
+        ("backward hopper", hopper_backward),
+    ):
         monkeypatch.setattr(module, "launch", lambda *_, name=name, **__: calls.append(name))
     return calls
 
@@ -38,6 +48,46 @@ def call(dim=128, dtype=torch.bfloat16, blocks=(64, 64), query=None, selections=
     shape = (1, selections, 1)
     lists = torch.zeros(*shape, 1, dtype=torch.int32), torch.zeros(*shape, dtype=torch.int32)
     return engines.forward(query, other, other, *lists, 0.1, *blocks, softcap=softcap)
+
+
+def differentiate(dim=128, grad=None, softcap=None):
+    query, other = (torch.zeros(1, heads, 64, dim, dtype=torch.bfloat16) for heads in (2, 1))
+    grad = torch.zeros_like(query) if grad is None else grad
+    lists = torch.zeros(1, 1, 1, 1, dtype=torch.int32), torch.zeros(1, 1, 1, dtype=torch.int32)
+    results = (torch.zeros_like(query), torch.zeros(1, 2, 64))
+    operands = (grad, query, other, other, *results, *lists)
+    return engines.backward(*operands, 0.1, 64, 64, softcap=softcap)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 256}, "head dim 256"),
+        ({"dim": 80}, "head dims 80 and 80"),
+        ({"softcap": 50.0}, "logits are soft-capped"),
+        (
+            {"grad": torch.zeros(1, 1, 64, 128, dtype=torch.bfloat16).expand(1, 2, 64, 128)},
+            "the gradient of the output has a stride of 0 elements",
+        ),
+    ],
+)
+def test_the_backward_goes_where_its_own_kernels_take_it(change, reason, launched, recwarn):
+    differentiate()
+    differentiate(**change)
+    with engines.attention_engine("portable"):
+        differentiate()
+    assert not recwarn.list
+    with engines.attention_engine("hopper"):
+        differentiate()
+        with pytest.warns(engines.EngineFallbackWarning, match=reason):
+            differentiate(**change)
+    order = ("hopper", "portable", "portable", "hopper", "portable")
+    assert launched == [f"backward {who}" for who in order]
+    assert engines.answers() == {
+        "backward hopper": 2,
+        "backward portable": 1,
+        f"backward portable:{reason}": 2,
+    }
 
 
 def test_auto_is_the_hopper_engine_where_it_takes_the_call(launched, recwarn):
