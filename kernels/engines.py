@@ -43,7 +43,8 @@ def attention_engine(name: str) -> Iterator[None]:
     """Choose the kernel of block-sparse attention for the calls of this thread inside the block.
 
     A choice, not a property of a graph: it holds for compiled graphs and for whole models too, as
-    PyTorch's ``sdpa_kernel`` does for dense attention. On the CPU it changes nothing.
+    PyTorch's ``sdpa_kernel`` does for dense attention. On the CPU it changes nothing. A backward
+    that autograd runs in a thread of its own, as it does on CUDA, follows ``auto``.
 
     Args:
         name: ``auto``, ``portable`` or ``hopper``.
