@@ -131,6 +131,20 @@ def map_inputs(profile: dict[str, Any], draw: Draw, device: str, full: bool) -> 
     }
 
 
+def hopper_scores_inputs(
+    profile: dict[str, Any], draw: Draw, device: str, full: bool
+) -> dict[str, Any]:
+    """Draw the inputs of block scores; key features are followed by what must not count."""
+    inputs = map_inputs(profile, draw, device, full)
+    return {**inputs, "columns": with_room(inputs["columns"])}
+
+
+def with_room(features: Tensor) -> Tensor:
+    """Return equal features in memory that goes on, with NaN, for 16 sub-blocks."""
+    room = features.new_full((16 * features.shape[-1],), float("nan"))
+    return torch.cat([features.flatten(), room])[: features.numel()].view(features.shape)
+
+
 def pool_inputs(profile: dict[str, Any], draw: Draw, device: str, full: bool) -> dict[str, Any]:
     """Draw the inputs of pooling."""
     batch = draw.choice((1, 2))
@@ -244,6 +258,13 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
         _scores_profile(FP32, 32, (32, 32), (32, 64), 4, documents=True),
         _scores_profile(FP32, 64, (8, 8), (64, 64), 1, layout="last strided"),
     ],
+    "hopper_scores": [
+        _scores_profile(BF16, 64, (2, 4), (64, 64), 1),
+        _scores_profile(BF16, 64, (2, 4), (64, 64), 4),
+        _scores_profile(FP16, 128, (4, 8), (64, 64), 2, offset=True),
+        _scores_profile(FP16, 32, (8, 16), (64, 64), 1),
+        _scores_profile(BF16, 64, (2, 8), (128, 128), 2),
+    ],
     "attention_mass": [
         _map_profile(BF16, 128, (4, 2), "tokens first", units=(64, 64), reduce=("mean", "sum")),
         _map_profile(BF16, 128, (4, 2), units=(8, 64), reduce=("mean", "sum"), padding=True),
@@ -264,6 +285,7 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
     "pool_features": [
         _pool_profile(BF16, 128, 8, "mean,max,min", "tokens first", groups=1, gate_dim=64),
         _pool_profile(BF16, 128, 2, "mean", "tokens first", groups=4, gate_dim=64),
+        _pool_profile(FP16, 40, 4, "mean", "last strided", groups=2, gate_dim=24, padding=True),
         _pool_profile(BF16, 128, 64, "max,min,mean", groups=2, gate_dim=32, padding=True),
         _pool_profile(FP16, 80, 8, "mean", "tokens first", groups=2, gate_dim=48, padding=True),
         _pool_profile(FP16, 64, 4, "min,mean", "last strided", groups=1, gate_dim=16, padding=True),

@@ -7,6 +7,7 @@ Shared by ``fuzz_kernels.py`` and the tests of the kernels.
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -247,12 +248,42 @@ def _largest_logit(rows: Tensor, columns: Tensor, scale: float) -> float:
     return float(lengths) * abs(scale)
 
 
-def _check_map_numbers(actual: Tensor, exact: Tensor, largest_logit: float) -> None:
-    """Bound each weight's relative error by the rounding of a logit, made twice, and of sums."""
+def _check_map_numbers(
+    actual: Tensor, exact: Tensor, largest_logit: float, rounding: float = 0.0
+) -> None:
+    """Bound each weight's relative error by the rounding of a logit, made twice, and of sums.
+
+    ``rounding`` is the relative error of a logit on top: of what is kept in 16 bits.
+    """
     bound = torch.finfo(torch.float32).eps * (16 + 2 * largest_logit)
+    bound += math.expm1(rounding * largest_logit)
     excess = ((actual - exact).abs() - bound * exact).max() if exact.numel() else torch.zeros(())
     assert actual.shape == exact.shape, f"shape {tuple(actual.shape)}"
     assert bool(excess <= 1e-30), f"weight off by {float(excess)} beyond {bound} of itself"
+
+
+def run_hopper_scores(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    """Return block scores from the Hopper kernel."""
+    from seer_compile.kernels.triton import hopper_scores
+
+    sizes, visibility = _map_arguments(inputs), inputs["visibility"]
+    features = (inputs["rows"], inputs["columns"])
+    reason = hopper_scores.obstacle(*features, sizes[:2], sizes[2:4], sizes[5], is_fine=False)
+    assert reason is None, reason
+    band = (visibility.upper, visibility.lower, visibility.offset)
+    return (hopper_scores.launch(*features, inputs["scale"], *sizes, *band),)
+
+
+def check_hopper_scores(inputs: dict[str, Any]) -> None:
+    """Judge numbers, exact zeros and repetition; maxima are kept as float16."""
+    (actual,) = run_hopper_scores(inputs)
+    rows, columns = inputs["rows"].double(), inputs["columns"].double()
+    rest = (*_map_arguments(inputs), inputs["visibility"])
+    exact = reference.block_scores(rows, columns, inputs["scale"], *rest)
+    largest_logit = _largest_logit(rows, columns, inputs["scale"])
+    _check_map_numbers(actual, exact, largest_logit, torch.finfo(torch.float16).eps / 2)
+    assert torch.equal(actual != 0, exact != 0) or _tiny(actual, exact), "wrong zeros"
+    _check_bits((actual,), run_hopper_scores(inputs), ("scores",), "second run")
 
 
 def _tiny(actual: Tensor, exact: Tensor) -> bool:

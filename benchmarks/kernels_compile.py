@@ -197,6 +197,13 @@ def block_scores(dtype, dim, sub_blocks, block, groups):
     launch(*features, 0.1, *sub_blocks, block, block, 2048, 2048, groups, upper=0)
 
 
+def hopper_scores(dtype, dim, sub_blocks, block, groups):
+    from seer_compile.kernels.triton.hopper_scores import launch
+
+    features = [torch.zeros(1, 8, 2048 // tokens, dim, dtype=dtype) for tokens in sub_blocks]
+    launch(*features, 0.1, *sub_blocks, block, block, 2048, 2048, groups, upper=0)
+
+
 def select_blocks(blocks, selector):
     from seer_compile.kernels.triton.select_blocks import launch
 
@@ -258,6 +265,15 @@ CASES = {
             (_BF16, 64, (2, 4), 64, 4),
             (_BF16, 128, (64, 64), 64, 4),
             (_FP32, 64, (8, 8), 64, 1),
+        ],
+    ),
+    "hopper_scores": (
+        hopper_scores,
+        [
+            (_BF16, 64, (2, 4), 64, 1),
+            (_BF16, 64, (2, 4), 64, 4),
+            (_FP16, 128, (4, 8), 64, 1),
+            (_BF16, 32, (2, 4), 64, 1),
         ],
     ),
     "select_blocks": (select_blocks, [(512, "top_p"), (16384, "fraction")]),

@@ -28,12 +28,14 @@ def pool_features(
         return scoring.pool_features(tokens, weight, size, kinds, padding, groups)
     from seer_compile.kernels.triton import pool_blocks as pool
     from seer_compile.kernels.triton import pool_features as kernel
+    from seer_compile.kernels.triton import primitives
 
     if tokens.dtype is torch.float32 or weight.shape[0] > tokens.shape[1]:
         # Exact products do not run on the tensor cores, and for the query heads of a key head a
         # product of its own is the faster one: 0.080 ms against 0.111 (one H200, 32,768 tokens, 8
         # key heads of D128 for 32 query heads).
-        return scoring.project(pool.launch(tokens, size, kinds, padding), weight, groups)
+        pooled = pool.launch(tokens, size, kinds, padding)
+        return primitives.with_room(scoring.project(pooled, weight, groups))
     return kernel.launch(tokens, weight, size, kinds, padding, groups)
 
 
@@ -48,13 +50,10 @@ def block_scores(
 ) -> Tensor:
     """Score block pairs; see ``ops.block_scores``."""
     features = (query_features, key_features)
+    if query_features.is_cuda:
+        return engines.block_scores(*features, scale, sub_blocks, grid, groups, visibility)
     sizes = (*sub_blocks, grid.query_unit, grid.key_unit, grid.q_len, grid.k_len)
-    if not query_features.is_cuda:
-        return scoring.block_scores(*features, scale, *sizes, groups, visibility)
-    from seer_compile.kernels.triton import block_scores as kernel
-
-    readable = visibility.as_arguments().values()
-    return kernel.launch(*features, scale, *sizes, groups, *readable)
+    return scoring.block_scores(*features, scale, *sizes, groups, visibility)
 
 
 def select_blocks(

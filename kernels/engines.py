@@ -1,7 +1,8 @@
-"""Which kernel answers block-sparse attention on a GPU: chosen by name, counted, never guessed.
+"""Which kernels answer a sparse site on a GPU: chosen by name, counted, never guessed.
 
-``portable`` is the Triton kernel for every GPU; ``hopper`` is built for compute capability 9.0 and
-does not take every call. ``auto`` is :data:`AUTO_ENGINE`.
+``portable`` are Triton kernels for every GPU; ``hopper`` are built for compute capability 9.0 and
+do not take every call: of attention, of its backward, of block scores. ``auto`` is
+:data:`AUTO_ENGINE`.
 
 Example:
     >>> with attention_engine("portable"):
@@ -22,6 +23,10 @@ from torch import Tensor
 from seer_compile.errors import SeerWarning, VersionUnsupportedError
 from seer_compile.kernels.checks import check_choice
 from seer_compile.kernels.counters import Tally
+from seer_compile.kernels.geometry import Grid
+from seer_compile.types import Visibility
+
+_NO_GLUON = "this Triton lacks what the engine is written in"
 
 ENGINES = ("auto", "portable", "hopper")
 
@@ -40,7 +45,7 @@ class EngineFallbackWarning(SeerWarning):
 
 @contextmanager
 def attention_engine(name: str) -> Iterator[None]:
-    """Choose the kernel of block-sparse attention for the calls of this thread inside the block.
+    """Choose the kernels of sparse sites for the calls of this thread inside the block.
 
     A choice, not a property of a graph: it holds for compiled graphs and for whole models too, as
     PyTorch's ``sdpa_kernel`` does for dense attention. On the CPU it changes nothing. A backward
@@ -84,7 +89,7 @@ def forward(
         return _obstacle(engine, query, key, value, rest[0], *rest[3:5], softcap=softcap)
 
     if _goes_to_hopper("", obstacle):
-        return _import_hopper().launch(query, key, value, *rest)
+        return _import("attention").launch(query, key, value, *rest)
     return portable.launch(query, key, value, *rest, softcap=softcap)
 
 
@@ -107,16 +112,46 @@ def backward(
         reason = _obstacle(engine, query, key, value, rest[2], *rest[5:7], softcap=softcap)
         if reason is not None:
             return reason
-        from seer_compile.kernels.triton import hopper_backward
-
-        return hopper_backward.obstacle(grad_out, query)
+        return _import("backward").obstacle(grad_out, query)
 
     arguments = (grad_out, query, key, value, *rest)
     if _goes_to_hopper("backward ", obstacle):
-        from seer_compile.kernels.triton import hopper_backward
-
-        return hopper_backward.launch(*arguments)
+        return _import("backward").launch(*arguments)
     return portable.launch(*arguments, softcap=softcap)
+
+
+def block_scores(
+    query_features: Tensor,
+    key_features: Tensor,
+    scale: float,
+    sub_blocks: tuple[int, int],
+    grid: Grid,
+    groups: int,
+    visibility: Visibility,
+) -> Tensor:
+    """Score block pairs; see ``ops.block_scores``.
+
+    Raises:
+        VersionUnsupportedError: ``hopper`` was chosen and this Triton lacks what it is written in.
+    """
+    from seer_compile.kernels.triton import block_scores as portable
+
+    blocks = (grid.query_unit, grid.key_unit)
+    is_fine = visibility.key_padding is not None or visibility.query_documents is not None
+
+    def obstacle(engine: str) -> str | None:
+        module = _import_for(engine, "scores")
+        if module is None:
+            return _NO_GLUON
+        features = (query_features, key_features)
+        return module.obstacle(*features, sub_blocks, blocks, grid.k_len, is_fine=is_fine)
+
+    sizes = (*sub_blocks, *blocks, grid.q_len, grid.k_len)
+    arguments = (query_features, key_features, scale, *sizes, groups)
+    if _goes_to_hopper("block scores ", obstacle):
+        band = (visibility.upper, visibility.lower, visibility.offset)
+        return _import("scores").launch(*arguments, *band)
+    return portable.launch(*arguments, *visibility.as_arguments().values())
 
 
 def _goes_to_hopper(call: str, find_obstacle: Callable[[str], str | None]) -> bool:
@@ -150,19 +185,26 @@ def _obstacle(
     softcap: float | None,
 ) -> str | None:
     """Return why the hopper engine does not take a call, or None."""
+    module = _import_for(engine, "attention")
+    if module is None:
+        return _NO_GLUON
+    return module.obstacle(query, key, value, indices, query_block, key_block, softcap)
+
+
+def _import_for(engine: str, part: str) -> ModuleType | None:
+    """Import a part of the Hopper engine; None where it cannot be, unless it was asked for."""
     try:
-        hopper = _import_hopper()
+        return _import(part)
     except VersionUnsupportedError:
         if engine != "auto":
             raise
-        return "this Triton lacks what the engine is written in"
-    return hopper.obstacle(query, key, value, indices, query_block, key_block, softcap)
+        return None
 
 
-def _import_hopper() -> ModuleType:
-    """Import the Hopper engine, which is written in a part of Triton that still changes."""
+def _import(part: str) -> ModuleType:
+    """Import a part of the Hopper engine, written in a part of Triton that still changes."""
     try:
-        from seer_compile.kernels.triton import hopper_attention
+        from seer_compile.kernels.triton import hopper_attention, hopper_backward, hopper_scores
     except (ImportError, AttributeError) as error:
         import triton
 
@@ -172,4 +214,5 @@ def _import_hopper() -> ModuleType:
             expected="3.6 to 3.9, whose Gluon the hopper engine is written in",
             hint="Choose the portable engine.",
         ) from error
-    return hopper_attention
+    modules = {"attention": hopper_attention, "backward": hopper_backward, "scores": hopper_scores}
+    return modules[part]

@@ -8,7 +8,7 @@ Pooled vectors never reach memory.
 Numerics: those of ``pool_blocks`` followed by :func:`~seer_compile.kernels.scoring.project` on
 16-bit inputs: means are summed in float32, pooled values and weights are rounded to the dtype of
 the tokens, products accumulate in float32, features are rounded once. Tokens that do not count are
-not read.
+not read. Means alone, of several heads, are left to :mod:`pool_means`.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ import triton.language as tl
 from torch import Tensor
 
 from seer_compile.errors import DtypeError
+from seer_compile.kernels.triton import pool_means
 from seer_compile.kernels.triton.primitives import (
     as_bytes,
     ceil_div,
+    empty_features,
     launching_on,
     padded_dim,
 )
@@ -195,11 +197,13 @@ def launch(
     """
     if tokens.dtype not in (torch.float16, torch.bfloat16):
         raise DtypeError(argument="tokens", got=tokens.dtype, expected="float16 or bfloat16")
+    if tiling is None and pool_means.takes(size, kinds, groups):
+        return pool_means.launch(tokens, weight, size, padding, groups)
     batch, heads, num_tokens, dim = tokens.shape
     heads //= groups
     gate_dim, num_sub_blocks = weight.shape[2], ceil_div(num_tokens, size)
     shape = (batch, heads, num_sub_blocks, gate_dim)
-    features = torch.empty(shape, dtype=tokens.dtype, device=tokens.device)
+    features = empty_features(shape, tokens)
     if features.numel() == 0:
         return features
     padded = padded_dim(gate_dim)

@@ -10,6 +10,7 @@ Names: ``x_ptr`` pointers, ``x_strides`` one tuple per tensor, upper-case compil
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -91,6 +92,27 @@ def fine_rules(
     return FineRules(
         as_bytes(key_padding), query_documents.contiguous(), key_documents.contiguous()
     )
+
+
+_ROOM = 16
+"""Sub-blocks of a key block, at most, that a kernel copies at once."""
+
+
+def empty_features(shape: tuple[int, ...], like: Tensor) -> Tensor:
+    """Return an empty tensor of features, contiguous, whose memory goes on for a few sub-blocks.
+
+    A kernel that copies whole key blocks reads past the last sub-block where a block lacks some.
+    """
+    number = math.prod(shape)
+    flat = like.new_empty(number + _ROOM * shape[-1])
+    return flat[:number].view(shape)
+
+
+def with_room(features: Tensor) -> Tensor:
+    """Return equal features in the memory of :func:`empty_features`, where that is needed."""
+    if features.shape[2] % _ROOM == 0:
+        return features
+    return empty_features(tuple(features.shape), features).copy_(features)
 
 
 def ceil_div(number: int, divisor: int) -> int:

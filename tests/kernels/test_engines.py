@@ -10,15 +10,20 @@ import torch
 
 from seer_compile.errors import RangeError, VersionUnsupportedError
 from seer_compile.kernels import engines
+from seer_compile.kernels.geometry import Grid
+from seer_compile.types import Visibility
 
 pytest.importorskip("triton")
 
 from seer_compile.kernels.triton import (
     attention_backward,
     attention_forward,
+    block_scores,
     hopper_attention,
     hopper_backward,
+    hopper_scores,
 )
+from seer_compile.kernels.triton.primitives import empty_features
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +42,8 @@ def launched(monkeypatch):
         ("hopper", hopper_attention),
         ("backward portable", attention_backward),
         ("backward hopper", hopper_backward),
+        ("scores portable", block_scores),
+        ("scores hopper", hopper_scores),
     ):
         monkeypatch.setattr(module, "launch", lambda *_, name=name, **__: calls.append(name))
     return calls
@@ -57,6 +64,48 @@ def differentiate(dim=128, grad=None, softcap=None):
     results = (torch.zeros_like(query), torch.zeros(1, 2, 64))
     operands = (grad, query, other, other, *results, *lists)
     return engines.backward(*operands, 0.1, 64, 64, softcap=softcap)
+
+
+def score(k_len=130, dim=64, sub_blocks=(2, 4), dtype=torch.bfloat16, room=True, **visibility):
+    shapes = [
+        (1, 2, -(-length // size), dim)
+        for length, size in zip((70, k_len), sub_blocks, strict=True)
+    ]
+    like = torch.empty(0, dtype=dtype)
+    make = (lambda shape: empty_features(shape, like)) if room else like.new_empty
+    grid = Grid(70, k_len, 64, 64)
+    return engines.block_scores(
+        *map(make, shapes), 0.1, sub_blocks, grid, 1, Visibility(upper=60, **visibility)
+    )
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"dim": 16}, "gate dim 16"),
+        ({"dtype": torch.float32}, "dtype torch.float32"),
+        ({"sub_blocks": (2, 2)}, "32 and 32 sub-blocks per block"),
+        ({"room": False}, "key_features end within a block of 16 sub-blocks"),
+        ({"key_padding": torch.ones(1, 130, dtype=torch.bool)}, "padding or documents"),
+    ],
+)
+def test_scores_go_where_their_own_kernel_takes_them(change, reason, launched, recwarn):
+    score()
+    score(**change)
+    with engines.attention_engine("portable"):
+        score()
+    assert not recwarn.list
+    with engines.attention_engine("hopper"):
+        score()
+        with pytest.warns(engines.EngineFallbackWarning, match=reason):
+            score(**change)
+    order = ("hopper", "portable", "portable", "hopper", "portable")
+    assert launched == [f"scores {who}" for who in order]
+    assert engines.answers() == {
+        "block scores hopper": 2,
+        "block scores portable": 1,
+        f"block scores portable:{reason}": 2,
+    }
 
 
 @pytest.mark.parametrize(

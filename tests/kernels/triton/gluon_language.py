@@ -1,4 +1,4 @@
-"""Gluon's language on the CPU, as far as the Hopper kernel uses it, on a :class:`Machine`.
+"""Gluon's language on the CPU, as far as the Hopper kernels use it, on a :class:`Machine`.
 
 The functions of the kernel run as they stand, with the names ``gl``, ``hopper``, ``mbarrier`` and
 ``tma`` bound to what is here. Values know their layout, and two that meet must agree, as on the
@@ -52,8 +52,13 @@ class Value:
     def type(self) -> Any:
         return types.SimpleNamespace(layout=self.layout)
 
-    def to(self, dtype: Any) -> Value:
-        return Value(self.data.to(DTYPES[dtype]), self.layout)
+    def to(self, dtype: Any, *, bitcast: bool = False) -> Value:
+        kind = DTYPES[dtype]
+        return Value(self.data.view(kind) if bitcast else self.data.to(kind), self.layout)
+
+    def reshape(self, shape: list[int]) -> Value:
+        # Its layout is the compiler's choice: what is made of it names one.
+        return Value(self.data.reshape([int(size) for size in shape]))
 
     def __getitem__(self, index: tuple[Any, Any]) -> Value:
         axis = index.index(None)
@@ -219,8 +224,11 @@ class Language:
             wait=lambda bar, phase: machine.wait(bar, int(phase)),
             MBarrierLayout=lambda: None,
         )
+        language = self._language()
         self.names = {
-            "gl": self._language(),
+            "gl": language,
+            # Of functions that kernels of both kinds call.
+            "tl": language,
             "mbarrier": barrier,
             "hopper": types.SimpleNamespace(
                 warpgroup_mma=self._multiply,
@@ -251,12 +259,16 @@ class Language:
                 torch.zeros(shape, dtype=DTYPES[dtype]), layout
             ),
             where=_where,
-            maximum=_binary(lambda a, b: torch.maximum(torch.as_tensor(a), torch.as_tensor(b))),
-            minimum=_binary(lambda a, b: torch.minimum(torch.as_tensor(a), torch.as_tensor(b))),
+            maximum=_keeping_nan(_binary(lambda a, b: torch.maximum(*_tensors(a, b)))),
+            minimum=_keeping_nan(_binary(lambda a, b: torch.minimum(*_tensors(a, b)))),
             max=lambda value, axis: Value(value.data.amax(axis), _sliced(value.layout, axis)),
             sum=lambda value, axis: Value(value.data.sum(axis), _sliced(value.layout, axis)),
             reduce_or=_reduce_or,
+            reduce=_reduce,
+            expand_dims=_expand_dims,
+            atomic_max=_atomic_max,
             exp2=lambda value: Value(value.data.exp2(), value.layout),
+            log2=lambda value: Value(value.data.log2(), value.layout),
             log=lambda value: Value(value.data.log(), value.layout),
             convert_layout=_convert_layout,
             load=_load,
@@ -314,6 +326,42 @@ class Language:
 
 def _assert(condition: bool) -> None:
     assert condition
+
+
+def _tensors(*values: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.as_tensor(value) for value in values)
+
+
+def _keeping_nan(function: Callable[[Any, Any], Value]) -> Callable[..., Value]:
+    """Take the argument that says so: what runs here always keeps NaN."""
+    return lambda left, right, propagate_nan=None: function(_as_value(left), right)
+
+
+def _as_value(value: Any) -> Value:
+    return value if isinstance(value, Value) else Value(value)
+
+
+def _reduce(value: Value, axis: int, combine: Callable[[Value, Value], Value]) -> Value:
+    parts = [Value(part) for part in value.data.unbind(axis)]
+    result = parts[0]
+    for part in parts[1:]:
+        result = combine(result, part)
+    return Value(result.data, _sliced(value.layout, axis))
+
+
+def _expand_dims(value: Value, axis: int) -> Value:
+    layout = value.layout
+    assert isinstance(layout, real.SliceLayout), f"{layout} is no slice"
+    assert layout.dim == axis, f"expanded along {axis}, sliced along {layout.dim}"
+    return Value(value.data.unsqueeze(axis), layout.parent)
+
+
+def _atomic_max(target: Pointer, value: Value, mask: Any, sem: str) -> None:
+    offsets, used = target.reach(mask)
+    assert value.layout == target.offsets.layout
+    places, found = offsets[used], value.data.expand(offsets.shape)[used]
+    # No place occurs twice in one tile.
+    target.memory[places] = torch.maximum(target.memory[places], found)
 
 
 def _atomic_add(target: Pointer, amount: int, sem: str) -> Value:

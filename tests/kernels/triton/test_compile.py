@@ -84,3 +84,21 @@ def test_the_hopper_engine_copies_in_bulk_multiplies_without_waits_and_spills_no
         # Head dim 256 leaves no room for the mask of an edge tile; the loop over whole tiles has
         # no spill.
         assert local <= (80 if " 256," in line else 0), line
+
+
+@pytest.mark.slow
+def test_hopper_scores_multiply_without_waits_and_hardly_spill(tmp_path):
+    lines = [line for line in compiled("hopper_scores", tmp_path).splitlines() if "in " in line]
+    assert len(lines) == 4
+    for line in lines:
+        products, groups, copies = map(
+            int, re.findall(r"(\d+) products in (\d+) groups, (\d+) copies", line)[0]
+        )
+        # Two products in each of three loops, in two groups of warps.
+        assert groups == 12, line
+        assert products >= 2 * groups, line
+        assert copies >= 5, line
+        local = int(re.findall(r"(\d+) local", line)[0])
+        # What the loop over whole tiles does not use waits in local memory; gate dim 128 leaves no
+        # room for the mask of an edge tile.
+        assert local <= (450 if " 128," in line else 40), line

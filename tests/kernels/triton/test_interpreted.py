@@ -19,7 +19,10 @@ FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[2]
 
 
-@pytest.mark.parametrize("name", ["attention", "maps", "selection", "hopper", "hopper_backward"])
+SUITES = ("attention", "maps", "selection", "hopper", "hopper_backward", "hopper_scores")
+
+
+@pytest.mark.parametrize("name", SUITES)
 def test_kernels_pass_under_the_interpreter(name, pytestconfig):
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "pytest", "-q", "-x", str(FOLDER / f"interpreted_{name}.py")]
