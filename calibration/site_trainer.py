@@ -113,7 +113,9 @@ class GateTrainer:
             key=f"{config.seed}:{self.step}:{distributed.rank()}:{inputs.name}",
             device=inputs.query.device,
         )
-        target, counts = gate_target(inputs, gate.config, kind=config.target, rows=rows)
+        target, counts = gate_target(
+            inputs, gate.config, kind=config.target, sharpness=config.sharpness, rows=rows
+        )
         optimizer.zero_grad(set_to_none=True)
         weights = None
         if config.far_rows:

@@ -112,7 +112,12 @@ def far_row_weights(
 
 
 def gate_target(
-    inputs: SiteInputs, config: GateConfig, *, kind: TargetKind, rows: Tensor | None = None
+    inputs: SiteInputs,
+    config: GateConfig,
+    *,
+    kind: TargetKind,
+    sharpness: float = 1.0,
+    rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Return a distribution over key blocks for each query sub-block, and which rows count.
 
@@ -120,6 +125,7 @@ def gate_target(
         inputs: Operands of the site.
         config: Sub-block and block sizes, and what heads share.
         kind: Which map.
+        sharpness: Exponent of the shares, after which they are shares again.
         rows: ``Int64[R]``, indices of query sub-blocks; all when None.
 
     Returns:
@@ -140,8 +146,17 @@ def gate_target(
         groups = (inputs.key.shape[1], -1)
         # What queries may read is the same for all heads: all or none of a group count.
         target, counts = target.unflatten(1, groups).mean(2), counts.unflatten(1, groups).any(2)
+    if sharpness != 1.0:
+        target = _sharpened(target, sharpness)
     real = _real_queries(inputs, config.query_sub_block, rows)
     return target, counts if real is None else counts & real[:, None]
+
+
+def _sharpened(target: Tensor, sharpness: float) -> Tensor:
+    """Raise shares to a power and divide by their sum; by the largest first, lest all underflow."""
+    tiny = torch.finfo(target.dtype).tiny
+    powers = (target / target.amax(-1, keepdim=True).clamp(min=tiny)).pow(sharpness)
+    return powers / powers.sum(-1, keepdim=True).clamp(min=1.0)
 
 
 def _real_queries(inputs: SiteInputs, unit: int, rows: Tensor | None) -> Tensor | None:

@@ -312,6 +312,9 @@ def _evaluation_plan(args: Namespace, methods: Sequence[Method]) -> str:
     )
 
 
+_PAPER_RATE = 1e-3
+
+
 def _gate_config(kind: str) -> GateConfig:
     return GateConfig.paper() if kind == "paper" else GateConfig()
 
@@ -319,9 +322,11 @@ def _gate_config(kind: str) -> GateConfig:
 def _training_config(args: Namespace, kind: str, *, holdout_batches: int = 4) -> CalibrationConfig:
     default, rate = CalibrationConfig(), args.learning_rate
     is_paper = kind == "paper"
+    if rate is None:
+        rate = _PAPER_RATE if is_paper else default.learning_rate
     return CalibrationConfig(
         steps=args.steps,
-        learning_rate=default.learning_rate if rate is None else rate,
+        learning_rate=rate,
         seed=args.seed,
         # The published gate learns the max-pooled map, and every site keeps the same share: with
         # nothing measured of what sites cost, that is how they share a density.

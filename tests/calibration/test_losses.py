@@ -114,11 +114,11 @@ def test_infinite_keys_give_a_loss_that_is_not_finite():
 
 
 def test_schedule_warms_up_then_falls_to_the_final_rate():
-    config = CalibrationConfig(steps=100, warmup_steps=10)
+    config = CalibrationConfig(steps=100, warmup_steps=10, learning_rate=1e-3)
     rates = [learning_rate(step, config) for step in range(100)]
     assert rates[0] == pytest.approx(1e-4)
     assert rates[9] == rates[10] == 1e-3
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert rates[-1] == pytest.approx(1e-5)
-    short = CalibrationConfig(steps=1, warmup_steps=20)
+    short = CalibrationConfig(steps=1, warmup_steps=20, learning_rate=1e-3)
     assert learning_rate(0, short) == 1e-3

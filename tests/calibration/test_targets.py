@@ -1,5 +1,7 @@
 """Targets: the true map, pooled as the gate pools, against a plain softmax."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -120,3 +122,27 @@ def test_sampled_rows_are_distinct_ascending_and_depend_on_the_key_alone():
     assert (rows.diff() > 0).all()
     assert rows.max() < 500
     assert sample_rows(64, 64, key="x", device=cpu) is None
+
+
+@pytest.mark.parametrize("sharpness", [0.5, 1.6, 40.0])
+@pytest.mark.parametrize("sharing", ["gate", "selection"])
+def test_a_sharper_target_holds_the_powers_of_its_shares(sharpness, sharing):
+    inputs = inputs_of(batch=1, heads=4, kv_heads=2, q_len=77)
+    config = dataclasses.replace(CONFIG, sharing=sharing)
+    plain, counts = gate_target(inputs, config, kind="mass")
+    sharp, same = gate_target(inputs, config, kind="mass", sharpness=sharpness)
+    expected = plain.double().pow(sharpness)
+    expected /= expected.sum(-1, keepdim=True)
+    torch.testing.assert_close(sharp.double(), expected, rtol=1e-4, atol=1e-7)
+    assert torch.equal(counts, same)
+
+
+def test_sharpening_keeps_rows_of_nothing_and_of_nan():
+    from seer_compile.calibration.targets import _sharpened
+
+    target = torch.tensor([[0.0, 0.0], [0.25, 0.75], [torch.nan, 0.5], [1e-30, 3e-30]])
+    sharp = _sharpened(target, 2.0)
+    assert torch.equal(sharp[0], torch.zeros(2))
+    torch.testing.assert_close(sharp[1], torch.tensor([0.1, 0.9]))
+    assert sharp[2].isnan().all()
+    torch.testing.assert_close(sharp[3], torch.tensor([0.1, 0.9]))
