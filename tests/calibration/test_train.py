@@ -66,6 +66,16 @@ def bytes_of(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+@pytest.fixture
+def one_thread():
+    """Compute on one thread: several wait for each other, busily, on a machine that is busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
 def test_gates_learn_a_planted_pattern_and_beat_zero_shot_and_control():
     model, data = PlantedModel(), batches(42)
     frozen = [weight.detach().clone() for weight in model.parameters()]
@@ -73,9 +83,10 @@ def test_gates_learn_a_planted_pattern_and_beat_zero_shot_and_control():
     config = CalibrationConfig(
         steps=70, warmup_steps=7, learning_rate=1e-2, holdout_batches=2, seed=1
     )
-    start = time.perf_counter()
+    start = time.process_time()
     store, report = run_fit(data, config=config, model=model, density=0.25, allocation="uniform")
-    assert time.perf_counter() - start < 5 * (1 + os.getloadavg()[0])
+    # Of the processor, not of the wall: other work on the machine must not decide.
+    assert time.process_time() - start < 8
     for site in report.sites:
         untrained = zero_shot[site.name].gate.mass_at_density(384, 0.25)
         assert site.density == pytest.approx(0.25, abs=0.02)
