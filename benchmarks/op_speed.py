@@ -71,7 +71,7 @@ class Case:
     window: int | None = None
     padded: int = 0
     """Keys that are padding in the last batch item; evenly less before."""
-    sharing: Sharing = "selection"
+    sharing: Sharing = seer_compile.GateConfig().sharing
     selector: str = "top_p"
     layout: str = "token major"
     """``token major``: as models lay out heads, a view of ``b q h d``; or ``heads first``."""
@@ -289,7 +289,7 @@ def shapes(options: argparse.Namespace) -> Iterator[Row]:
         "D128": first,
         "D64": replace(first, dim=64),
         "D256": replace(first, dim=256, heads=first.heads // 2, kv_heads=first.kv_heads // 2),
-        "one gate per group": replace(first, sharing="gate"),
+        "one selection per group": replace(first, sharing="selection"),
         "one selection per head": replace(first, sharing="none"),
         "by fraction": replace(first, selector="fraction"),
         "heads first": replace(first, layout="heads first"),

@@ -100,6 +100,7 @@ class TestUntrainedGate:
             gate_dim=gate_dim,
             query_sub_block=8,
             key_sub_block=8,
+            sharing="selection",
         )
         query, key = gate_for(inputs, config).features(inputs.query, inputs.key)
         expected = sub_block_means(inputs.query, 8) @ sub_block_means(
