@@ -17,8 +17,9 @@ from zoo.__main__ import is_installed
 from zoo.graph_counts import KINDS, count_graphs
 
 COLUMNS = (
-    *("model", "varies", "longest", "distinct", "graphs", "plain_graphs", "first", "frames"),
-    *("most_per_frame", "verdict", "sites", "sparse", "uncompiled_calls", "seconds"),
+    *("model", "varies", "longest", "distinct", "graphs", "plain_graphs", "plain_aot_graphs"),
+    *("first", "frames", "most_per_frame", "verdict", "sites", "sparse", "uncompiled_calls"),
+    "seconds",
 )
 
 
