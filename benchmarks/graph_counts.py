@@ -10,6 +10,9 @@ Beside the graphs of the optimized model stand those of plain ``torch.compile`` 
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
 
 from measuring import add_common_options, context, table, write_rows
 
@@ -23,6 +26,17 @@ COLUMNS = (
 )
 
 
+def count_apart(name: str, lengths: int) -> dict[str, Any]:
+    """Count in a process of its own: what Dynamo learned from one model it applies to the next."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(count, name, lengths).result()
+
+
+def count(name: str, lengths: int) -> dict[str, Any]:
+    """Return the row of one architecture."""
+    return count_graphs(name, lengths).flat()
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--lengths", type=int, default=1000, help="calls per architecture")
@@ -34,7 +48,7 @@ def main() -> int:
         if not is_installed(KINDS[name][0].name):
             print(f"not run: {name}, whose library is absent")
             continue
-        row = count_graphs(name, options.lengths).flat()
+        row = count_apart(name, options.lengths)
         rows.append(row)
         # At once: a run of half an hour that is stopped keeps what it has.
         write_rows(options.out, [row], common)
