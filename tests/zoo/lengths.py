@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from zoo.architecture import Architecture, Batch, Door
 from zoo.registry import ARCHITECTURES
-from zoo.text_situations import token_ids
+from zoo.text_situations import never_cached, token_ids
 from zoo.wrappers import Forward
 
 SHORTEST, LONGEST = 64, 512
@@ -154,12 +154,14 @@ _OTHERWISE: dict[str, dict[str, Any]] = {
 }
 """What does not read tokens. Transformers of pictures are told to interpolate their positions."""
 
+_WINDOWED = ("mistral", "gemma3", "phi3", "gemma2", "gpt-oss")
 _ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "bart, two lengths": ("bart", {"make": _two_lengths}),
     "swin, whole windows": ("swin", _PICTURE | {"step": 16}),
     "unet, large": ("unet", _LATENT | {"make": _latents, "shortest": 52, "longest": 72}),
-}
-"""More kinds of calls. Swin pads a side that is no multiple of its windows, by an amount that
+} | {f"{name}, no cache": (name, {"wrap": never_cached}) for name in _WINDOWED}
+"""More kinds of calls. A cache that a window slides over has a graph of its own where it is just
+full. Swin pads a side that is no multiple of its windows, by an amount that
 PyTorch guards on. On a CPU, PyTorch's convolutions guard on whether an input has more than 20,480
 numbers; each one of a large picture has, and each one of pictures in practice."""
 
