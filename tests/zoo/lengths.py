@@ -161,9 +161,9 @@ _ALSO: dict[str, tuple[str, dict[str, Any]]] = {
     "unet, large": ("unet", _LATENT | {"make": _latents, "shortest": 52, "longest": 72}),
 } | {f"{name}, no cache": (name, {"wrap": never_cached}) for name in _WINDOWED}
 """More kinds of calls. A cache that a window slides over has a graph of its own where it is just
-full. Swin pads a side that is no multiple of its windows, by an amount that
-PyTorch guards on. On a CPU, PyTorch's convolutions guard on whether an input has more than 20,480
-numbers; each one of a large picture has, and each one of pictures in practice."""
+full. Swin pads a side that is no multiple of its windows, by an amount that PyTorch guards on. On a
+CPU, PyTorch's convolutions guard on whether an input has more than 20,480 numbers; each one of a
+large picture has, and each one of pictures in practice."""
 
 
 def kinds_of_calls() -> dict[str, tuple[Architecture, Lengths]]:
