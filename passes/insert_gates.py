@@ -22,7 +22,7 @@ from seer_compile.gate import AttnGate
 from seer_compile.passes.fx_utils import fake_value
 from seer_compile.passes.gate_source import GateSource
 from seer_compile.passes.materialise import materialise
-from seer_compile.passes.node_builder import NodeBuilder, marked
+from seer_compile.passes.node_builder import NodeBuilder, marked, traced_value
 from seer_compile.types import PassResult, RewritePlan, SiteDecision, Visibility
 
 OPERANDS = "seer_operands"
@@ -69,7 +69,7 @@ def _insert_gate(graph_module: GraphModule, decision: SiteDecision, gates: GateS
         list(gate.budget_lengths),
         lengths[1],
         role="gate",
-        value=fake_value(scores).new_empty((gate.selection_heads,)),
+        value=traced_value(Tensor.new_empty, (scores, (gate.selection_heads,))),
     )
     config = gate.config
     builder.call(

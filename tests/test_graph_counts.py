@@ -1,7 +1,7 @@
 """Few graphs for many lengths, and no graph break where PyTorch itself needs none.
 
-``pytest tests/test_graph_counts.py --all-combinations`` takes 1,000 lengths per model, and every
-architecture of the zoo.
+``pytest tests/test_graph_counts.py --all-combinations`` takes every architecture of the zoo, and
+1,000 lengths of each; ``benchmarks/graph_counts.py`` keeps what it counts.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ import torch
 from torch._dynamo.utils import counters
 
 import seer_compile
-from support.models import architecture, decoder, token_ids
+from support.models import decoder, token_ids
 from zoo.__main__ import is_installed
+from zoo.graph_counts import KINDS, MOST_GRAPHS, count_graphs
 from zoo.registry import ARCHITECTURES
 
-MOST_GRAPHS = 3
-SHORTEST, LONGEST = 64, 4096
-COUNTED = ("decoder", "llama", "gpt2", "mistral", "bert")
+SAMPLE = ("gpt2", "mistral", "falcon", "vit", "timm vit")
+"""A table of positions, a window, one key head, pictures of any size, pictures of one size."""
 FEW, MANY = 10, 1000
 WHOLE = ("llama", "gpt2", "bert", "t5")
 
@@ -31,34 +31,39 @@ def pytest_generate_tests(metafunc):
     everything = metafunc.config.getoption("--all-combinations")
     if "number" in metafunc.fixturenames:
         metafunc.parametrize("number", [MANY if everything else FEW])
-        metafunc.parametrize("name", COUNTED)
-    elif "whole" in metafunc.fixturenames:
+    if "kind" in metafunc.fixturenames:
+        metafunc.parametrize("kind", KINDS if everything else SAMPLE)
+    if "whole" in metafunc.fixturenames:
         metafunc.parametrize("whole", ARCHITECTURES if everything else WHOLE)
 
 
-def lengths(number):
-    """The two ends and random lengths between them."""
-    draw = random.Random(0)
-    return [*(draw.randint(SHORTEST, LONGEST) for _ in range(number - 2)), SHORTEST, LONGEST]
+def skip_unless_installed(architecture):
+    if not is_installed(architecture.name):
+        pytest.skip(f"needs {', '.join(architecture.needs)}")
+
+
+def test_random_lengths_need_few_graphs(kind, number, record_property):
+    """Or as few per frame, or no more than plain ``torch.compile`` needs: ``zoo.graph_counts``."""
+    skip_unless_installed(KINDS[kind][0])
+    row = count_graphs(kind, number)
+    for name, value in row.flat().items():
+        record_property(name, value)
+    assert row.problems() == []
 
 
 @torch.no_grad()
-def test_random_lengths_need_few_graphs(name, number, record_property):
-    if name == "decoder":
-        model, keywords = decoder(layers=1, width=8, heads=2), {}
-    else:
-        model = architecture(name)
-        keywords = {} if name == "bert" else {"use_cache": False}
+def test_random_lengths_to_4096_need_few_graphs(number):
+    """Long enough to be sparse by themselves, on a CPU from 1,536 tokens on."""
+    model = decoder(layers=1, width=8, heads=2)
     seer_compile.optimize(model, zero_shot=True, inner="eager")
     before = counters["stats"]["unique_graphs"]
-    for length in lengths(number):
-        model(token_ids(length), **keywords)
+    draw = random.Random(0)
+    for length in (*(draw.randint(64, 4096) for _ in range(number - 2)), 64, 4096):
+        model(token_ids(length))
     report = model.seer_report()
-    graphs = counters["stats"]["unique_graphs"] - before
-    record_property("graphs", graphs)
     assert report.errors == ()
-    assert 1 <= graphs <= MOST_GRAPHS
-    assert report.graphs <= MOST_GRAPHS
+    assert 1 <= report.graphs <= MOST_GRAPHS
+    assert counters["stats"]["unique_graphs"] - before == report.graphs
     assert {row.site.decision for row in report.rows} == {"sparse"}
     assert all(sum(paths.values()) == number for paths in report.calls.values())
 
@@ -72,8 +77,7 @@ def compile_whole(module, backend, **options):
 @torch.no_grad()
 def test_whole_models_stay_whole(whole):
     known = ARCHITECTURES[whole]
-    if not is_installed(whole):
-        pytest.skip(f"needs {', '.join(known.needs)}")
+    skip_unless_installed(known)
     situation = known.situations[0]
     model = known.build("sdpa" if "sdpa" in known.spellings else known.spellings[0]).eval()
     inputs = situation.make(model, situation.sizes[0]).inputs

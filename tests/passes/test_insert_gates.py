@@ -110,8 +110,10 @@ def test_inserted_nodes_carry_shapes_and_provenance():
     assert selection.meta.get("stack_trace") == site.meta.get("stack_trace")
 
 
-def test_inserting_gates_adds_no_guard_on_symbolic_lengths():
-    captured = trace(sdpa_flag, *qkv(tokens=100), dynamic=True)
+@pytest.mark.parametrize("heads", [1, 4])
+def test_inserting_gates_adds_no_guard_on_symbolic_lengths(heads):
+    """Scores of one head are what PyTorch asks for their memory format, by their block counts."""
+    captured = trace(sdpa_flag, *qkv(tokens=100, heads=heads), dynamic=True)
     fake = next(iter(captured.graph_module.graph.nodes)).meta["val"]
     shape_env = fake.fake_mode.shape_env
     before = calling_convention(captured.graph_module)
