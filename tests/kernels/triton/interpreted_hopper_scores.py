@@ -23,6 +23,7 @@ from kernels_checks import check_hopper_scores, run_hopper_scores
 
 from seer_compile.kernels.triton import (
     hopper_attention,
+    hopper_score_steps,
     hopper_score_warps,
     hopper_scores,
     hopper_steps,
@@ -31,8 +32,8 @@ from seer_compile.kernels.triton import (
 )
 from seer_compile.types import Visibility
 
-MODULES = (hopper_tiles, hopper_steps, hopper_warps, hopper_attention, hopper_score_warps)
-MODULES = (*MODULES, hopper_scores)
+MODULES = (hopper_tiles, hopper_steps, hopper_warps, hopper_attention)
+MODULES = (*MODULES, hopper_score_steps, hopper_score_warps, hopper_scores)
 KERNEL = hopper_scores._hopper_scores
 
 
