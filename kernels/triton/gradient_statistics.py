@@ -15,11 +15,14 @@ import triton.language as tl
 from torch import Tensor
 
 from seer_compile.kernels.triton.primitives import (
+    LOG2_E,
     ceil_div,
     load_tile,
     store_tile,
     tile_pointers,
 )
+
+_LOG2_E = tl.constexpr(LOG2_E)
 
 ROWS = 64
 """Query rows of a tile."""
@@ -49,7 +52,7 @@ def _statistics(
         is_query, columns, DIM, DIM,
     )  # fmt: skip
     lse = tl.load(lse_ptr + row * q_len + queries, mask=is_query, other=float("-inf"))
-    lse = tl.where(lse == float("-inf"), float("inf"), lse * 1.4426950408889634)
+    lse = tl.where(lse == float("-inf"), float("inf"), lse * _LOG2_E)
     result = result_ptr + (row * tiles + tile) * (2 * ROWS) + offsets
     tl.store(result, lse)
     tl.store(result + ROWS, tl.sum(out.to(tl.float32) * grad_out.to(tl.float32), 1))

@@ -11,16 +11,21 @@ Not for every call: :func:`obstacle` says what it does not take.
 
 from __future__ import annotations
 
-import functools
-
 import torch
 import triton.experimental.gluon.language as gl
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from seer_compile.kernels.triton.hopper_launch import (
+    TILE_ROWS,
+    describe,
+    make_barriers,
+    make_ring,
+    memory_obstacle,
+    multiprocessors,
+)
 from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, plan, tile_rules
 from seer_compile.kernels.triton.hopper_warps import consume, produce
 from seer_compile.kernels.triton.primitives import (
@@ -32,30 +37,8 @@ from seer_compile.kernels.triton.primitives import (
 )
 from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper_tiling
 
-TILE_ROWS = 64
-"""Query rows of one group of four warps: what one matrix instruction takes."""
-
 _DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
-_ABSENT_MULTIPROCESSORS = 132
-"""Assumed where a launch is only compiled."""
-
-
-@gluon.jit
-def _make_barriers(count: gl.constexpr, arrivals: gl.constexpr):
-    barriers = gl.allocate_shared_memory(gl.int64, [count, 1], mbarrier.MBarrierLayout())
-    for index in gl.static_range(count):
-        mbarrier.init(barriers.index(index), count=arrivals)
-    return barriers
-
-
-@gluon.jit
-def _make_ring(descriptor, slots: gl.constexpr, tiles: gl.constexpr, readers: gl.constexpr):
-    """Return the tiles of a ring, and its barriers: slots filled, slots emptied."""
-    tile: gl.constexpr = descriptor.block_type.shape
-    shape: gl.constexpr = [slots * tiles, tile[0], tile[1], tile[2], tile[3]]
-    smem = gl.allocate_shared_memory(descriptor.dtype, shape, descriptor.layout)
-    return smem, _make_barriers(slots, 1), _make_barriers(slots, readers)
 
 
 @gluon.jit(
@@ -104,15 +87,15 @@ def _hopper_attention(
     KEYS_AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
-    query_ring = _make_ring(query_desc, 1, CONSUMERS, CONSUMERS)
-    key_ring = _make_ring(key_desc, STAGES, TILES, CONSUMERS)
-    value_ring = _make_ring(value_desc, STAGES, TILES, CONSUMERS)
+    query_ring = make_ring(query_desc, 1, CONSUMERS, CONSUMERS)
+    key_ring = make_ring(key_desc, STAGES, TILES, CONSUMERS)
+    value_ring = make_ring(value_desc, STAGES, TILES, CONSUMERS)
     rings = (query_ring, key_ring, value_ring)
     item_smem = gl.allocate_shared_memory(gl.int32, [4, 1], mbarrier.MBarrierLayout())
     # One consumer meets nobody; a barrier that nobody uses would lend its memory to reductions.
     meeting = query_ring[1].index(0)
     if CONSUMERS == 2:
-        meeting = _make_barriers(1, CONSUMERS).index(0)
+        meeting = make_barriers(1, CONSUMERS).index(0)
     # The copy engine must see barriers that are ready.
     hopper.fence_async_shared()
     if offset_ptr is not None:
@@ -195,7 +178,7 @@ def obstacle(
     if reason is not None:
         return reason
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        reason = _memory_obstacle(tensor)
+        reason = memory_obstacle(tensor)
         if reason is not None:
             return f"{name} {reason}"
     return None
@@ -212,43 +195,6 @@ def _shape_obstacle(
     if query_block % TILE_ROWS or key_block % TILE_KEYS:
         return f"blocks of {query_block} x {key_block} tokens"
     return None
-
-
-def _memory_obstacle(tensor: Tensor) -> str | None:
-    """Return why the copy engine cannot read a tensor, or None."""
-    if tensor.stride(3) != 1:
-        return "has no contiguous last axis"
-    if tensor.data_ptr() % 16:
-        return "does not begin at a multiple of 16 bytes"
-    for size, stride in zip(tensor.shape[:3], tensor.stride()[:3], strict=True):
-        if size > 1 and (stride == 0 or stride * tensor.element_size() % 16):
-            return f"has a stride of {stride} elements"
-    return None
-
-
-def _describe(tensor: Tensor) -> TensorDescriptor:
-    """Describe ``[b x t d]`` for copies of 64 tokens of one head; tokens past the end read as 0."""
-    dim = tensor.shape[3]
-    # The stride of an axis of one entry means nothing and may be anything.
-    strides = [
-        stride if size > 1 else dim
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True)
-    ]
-    block = [1, 1, TILE_ROWS, dim]
-    return TensorDescriptor(tensor, list(tensor.shape), strides, block, _layout(dim, tensor.dtype))
-
-
-@functools.cache
-def _layout(dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    element = gl.bfloat16 if dtype is torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, 1, TILE_ROWS, dim], element)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _ABSENT_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def launch(
@@ -291,9 +237,9 @@ def launch(
     tiles = ceil_div(q_len, TILE_ROWS * tiling.consumers // tiling.heads)
     groups = heads // tiling.heads
     items = tiles * groups * batch
-    programs = min(items, _multiprocessors(query.device) * tiling.programs)
+    programs = min(items, multiprocessors(query.device) * tiling.programs)
     rules = tile_rules(key_padding, query_documents, key_documents, query_block)
-    descriptors = [_describe(tensor) for tensor in (query, key, value)]
+    descriptors = [describe(tensor) for tensor in (query, key, value)]
     with launching_on(query, "query"):
         lists = plan(indices, counts, band, rules, (q_len, k_len), (query_block, key_block))
         _hopper_attention[(programs,)](

@@ -28,13 +28,13 @@ from torch import Tensor
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from seer_compile.kernels.triton.gradient_statistics import add_parts, gradient_statistics
-from seer_compile.kernels.triton.hopper_attention import (
-    TILE_ROWS,
-    _describe,
-    _memory_obstacle,
-    _multiprocessors,
-)
 from seer_compile.kernels.triton.hopper_key_gradient import key_gradient_kernel
+from seer_compile.kernels.triton.hopper_launch import (
+    TILE_ROWS,
+    describe,
+    memory_obstacle,
+    multiprocessors,
+)
 from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, Plan, plan, tile_rules
 from seer_compile.kernels.triton.hopper_query_gradient import query_gradient_kernel
 from seer_compile.kernels.triton.primitives import (
@@ -67,7 +67,7 @@ def obstacle(grad_out: Tensor, query: Tensor) -> str | None:
     """
     if query.shape[3] not in _DIMS:
         return f"head dim {query.shape[3]}"
-    reason = _memory_obstacle(grad_out)
+    reason = memory_obstacle(grad_out)
     return None if reason is None else f"the gradient of the output {reason}"
 
 
@@ -105,7 +105,7 @@ def prepare(
     lists = plan(indices, counts, band, tile_rules(*fine, blocks[0]), (q_len, k_len), blocks)
     scale = float(scale)
     return Call(
-        [_describe(tensor) for tensor in (query, grad_out, key, value)],
+        [describe(tensor) for tensor in (query, grad_out, key, value)],
         gradient_statistics(out, grad_out, lse.contiguous()),
         lists,
         (
@@ -126,7 +126,7 @@ def query_gradient(
     batch, selections, query_blocks, tiles, _ = call.shape
     groups = layout.heads // tiling.consumers
     items = tiles * groups * batch
-    programs = min(items, _multiprocessors(target.device) * tiling.programs)
+    programs = min(items, multiprocessors(target.device) * tiling.programs)
     fine, (lengths, scales) = call.visibility[:4], (call.visibility[4:8], call.visibility[8:])
     lists = call.lists
     query_gradient_kernel[(programs,)](

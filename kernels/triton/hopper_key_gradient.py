@@ -27,8 +27,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from seer_compile.kernels.triton.hopper_attention import _make_barriers
 from seer_compile.kernels.triton.hopper_key_steps import keys_masked, keys_whole, query_tile_of
+from seer_compile.kernels.triton.hopper_launch import make_barriers
 from seer_compile.kernels.triton.hopper_query_gradient import make_tiles, store_rows
 from seer_compile.kernels.triton.hopper_steps import next_slot
 from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows
@@ -241,13 +241,13 @@ def key_gradient_kernel(
     PARTS: gl.constexpr,
 ):
     """Differentiate keys and values: four warps compute, one copies."""
-    held = (make_tiles(key_desc, 1), make_tiles(value_desc, 1), _make_barriers(1, 1))
+    held = (make_tiles(key_desc, 1), make_tiles(value_desc, 1), make_barriers(1, 1))
     statistics_smem = gl.allocate_shared_memory(
         statistics_desc.dtype, [STAGES, 1, 1, 128], statistics_desc.layout
     )
     ring = (
         make_tiles(query_desc, STAGES), make_tiles(grad_desc, STAGES), statistics_smem,
-        _make_barriers(STAGES, 1), _make_barriers(STAGES, 1),
+        make_barriers(STAGES, 1), make_barriers(STAGES, 1),
     )  # fmt: skip
     # The copy engine must see barriers that are ready.
     hopper.fence_async_shared()

@@ -24,7 +24,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
-from seer_compile.kernels.triton.hopper_attention import _make_barriers, _make_ring
+from seer_compile.kernels.triton.hopper_launch import make_barriers, make_ring
 from seer_compile.kernels.triton.hopper_query_steps import (
     query_masked,
     query_whole,
@@ -287,15 +287,15 @@ def query_gradient_kernel(
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     """Differentiate queries: one or two groups of four warps compute, one warp copies."""
-    query_ring = _make_ring(query_desc, 1, CONSUMERS, CONSUMERS)
+    query_ring = make_ring(query_desc, 1, CONSUMERS, CONSUMERS)
     grad_smem = make_tiles(grad_desc, CONSUMERS)
-    key_ring = _make_ring(key_desc, KEY_STAGES, 1, CONSUMERS)
-    value_ring = _make_ring(value_desc, VALUE_STAGES, 1, CONSUMERS)
+    key_ring = make_ring(key_desc, KEY_STAGES, 1, CONSUMERS)
+    value_ring = make_ring(value_desc, VALUE_STAGES, 1, CONSUMERS)
     rings = (query_ring, grad_smem, key_ring, value_ring)
     # One consumer meets nobody; a barrier that nobody uses would lend its memory to reductions.
     meeting = query_ring[1].index(0)
     if CONSUMERS == 2:
-        meeting = _make_barriers(1, CONSUMERS).index(0)
+        meeting = make_barriers(1, CONSUMERS).index(0)
     # The copy engine must see barriers that are ready.
     hopper.fence_async_shared()
     if offset_ptr is not None:

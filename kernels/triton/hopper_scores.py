@@ -23,11 +23,11 @@ from triton.experimental.gluon.language.nvidia import hopper
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from seer_compile.kernels.triton.hopper_attention import (
-    _describe,
-    _make_barriers,
-    _memory_obstacle,
-    _multiprocessors,
+from seer_compile.kernels.triton.hopper_launch import (
+    describe,
+    make_barriers,
+    memory_obstacle,
+    multiprocessors,
 )
 from seer_compile.kernels.triton.hopper_score_warps import copy_features, finish, score
 from seer_compile.kernels.triton.primitives import (
@@ -89,10 +89,10 @@ def _hopper_scores(
     column_smem = gl.allocate_shared_memory(
         column_desc.dtype, [STAGES, 1, 1, PLACES, UNITS, dim], column_desc.layout
     )
-    row_ring = (row_smem, _make_barriers(1, 1), _make_barriers(1, 2))
-    column_ring = (column_smem, _make_barriers(STAGES, 1), _make_barriers(STAGES, 2))
+    row_ring = (row_smem, make_barriers(1, 1), make_barriers(1, 2))
+    column_ring = (column_smem, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
     normalizer_smem = gl.allocate_shared_memory(gl.float32, [8, 64], mbarrier.MBarrierLayout())
-    scored, finished = _make_barriers(2, 2), _make_barriers(2, 1)
+    scored, finished = make_barriers(2, 2), make_barriers(2, 1)
     # The copy engine must see barriers that are ready.
     hopper.fence_async_shared()
     if offset_ptr is not None:
@@ -157,7 +157,7 @@ def obstacle(
     if reason is not None:
         return reason
     for name, tensor in (("query_features", query_features), ("key_features", key_features)):
-        reason = _memory_obstacle(tensor)
+        reason = memory_obstacle(tensor)
         if reason is not None:
             return f"{name} {reason}"
     return _end_obstacle(key_features, blocks[1] // sub_blocks[1])
@@ -195,7 +195,7 @@ def _end_obstacle(key_features: Tensor, places: int) -> str | None:
 
 def _programs(features: Tensor) -> int:
     batch, heads, num_rows, _ = features.shape
-    return min(_multiprocessors(features.device), ceil_div(num_rows, TILE_ROWS) * heads * batch)
+    return min(multiprocessors(features.device), ceil_div(num_rows, TILE_ROWS) * heads * batch)
 
 
 def _kept_bytes(features: Tensor, places: int, num_column_units: int) -> int:
@@ -265,7 +265,7 @@ def launch(
     )
     with launching_on(query_features, "query_features"):
         _hopper_scores[(_programs(query_features),)](
-            _describe(query_features), _describe_columns(key_features, places, _COLUMNS // places),
+            describe(query_features), _describe_columns(key_features, places, _COLUMNS // places),
             memory, result.view(torch.int32) if groups > 1 else result, band.offset,
             num_rows, num_columns, *shape, q_len, k_len, band.upper, band.lower,
             positive_scale(scale), tiles, heads, batch, tiles * heads * batch,

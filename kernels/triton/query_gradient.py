@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from seer_compile.kernels.triton.primitives import (
+    LOG2_E,
     count_outside,
     finite_or_zero,
     interior_key_range,
@@ -21,6 +22,8 @@ from seer_compile.kernels.triton.primitives import (
     tile_pointers,
     token_visibility,
 )
+
+_LOG2_E = tl.constexpr(LOG2_E)
 
 
 @triton.jit
@@ -39,9 +42,9 @@ def grad_logits(
         logits, scale = bounded, softcap
     if PRECISION == "ieee":
         # Base 2 costs float32 a rounding of both terms; here only their difference is rounded.
-        logits = (logits * scale - lse) * 1.4426950408889634
+        logits = (logits * scale - lse) * _LOG2_E
     else:
-        logits = logits * (scale * 1.4426950408889634) - lse * 1.4426950408889634
+        logits = logits * (scale * _LOG2_E) - lse * _LOG2_E
     if visible is not None:
         logits = tl.where(visible, logits, float("-inf"))
     probability = tl.math.exp2(logits)

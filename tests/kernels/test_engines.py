@@ -21,6 +21,7 @@ from seer_compile.kernels.triton import (
     block_scores,
     hopper_attention,
     hopper_backward,
+    hopper_launch,
     hopper_scores,
 )
 from seer_compile.kernels.triton.primitives import empty_features
@@ -223,7 +224,7 @@ def test_an_axis_of_one_entry_may_have_any_stride(launched):
     with engines.attention_engine("hopper"):
         call(query=query, blocks=(128, 64))
     assert launched == ["hopper"]
-    described = hopper_attention._describe(query)
+    described = hopper_launch.describe(query)
     assert [stride * 2 % 16 for stride in described.strides[:3]] == [0, 0, 0]
 
 

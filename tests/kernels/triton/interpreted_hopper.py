@@ -25,6 +25,7 @@ from kernels_checks import _read_mask
 from seer_compile.kernels import reference
 from seer_compile.kernels.triton import (
     hopper_attention,
+    hopper_launch,
     hopper_steps,
     hopper_tiles,
     hopper_warps,
@@ -35,7 +36,7 @@ from seer_compile.kernels.triton.tuning import HopperTiling
 from seer_compile.types import BlockSelection, Visibility
 from support.assertions import assert_no_worse_than_eager
 
-MODULES = (hopper_tiles, hopper_steps, hopper_warps, hopper_attention)
+MODULES = (hopper_tiles, hopper_steps, hopper_warps, hopper_launch, hopper_attention)
 KERNEL = hopper_attention._hopper_attention
 
 ORDERS = int(os.environ.get("SEER_EVENT_ORDERS", "2"))
@@ -53,7 +54,7 @@ ONE_SLOT = HopperTiling(2, 2, 1, 1, True, 1, 168)
 @pytest.fixture
 def play(monkeypatch):
     """Return a function that runs one call on the played machine, with a seed for its events."""
-    monkeypatch.setattr(hopper_attention, "_ABSENT_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper_launch, "_ABSENT_MULTIPROCESSORS", 2)
     monkeypatch.setattr(hopper_attention, "launching_on", lambda *_: contextlib.nullcontext())
 
     def run(inputs, tiling, seed):

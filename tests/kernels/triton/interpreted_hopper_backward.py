@@ -32,6 +32,7 @@ from seer_compile.kernels.triton import (
     hopper_backward,
     hopper_key_gradient,
     hopper_key_steps,
+    hopper_launch,
     hopper_query_gradient,
     hopper_query_steps,
     hopper_steps,
@@ -45,6 +46,7 @@ MODULES = (
     hopper_tiles,
     hopper_steps,
     hopper_warps,
+    hopper_launch,
     hopper_attention,
     hopper_query_steps,
     hopper_key_steps,
@@ -100,7 +102,7 @@ CASES = {
 @pytest.fixture
 def play(monkeypatch):
     """Return a function that runs one call on the played machine, with a seed for its events."""
-    monkeypatch.setattr(hopper_attention, "_ABSENT_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper_launch, "_ABSENT_MULTIPROCESSORS", 2)
 
     def run(name, inputs, seed):
         for kernel, function in KERNELS.items():

@@ -23,6 +23,7 @@ from kernels_checks import check_hopper_scores, run_hopper_scores
 
 from seer_compile.kernels.triton import (
     hopper_attention,
+    hopper_launch,
     hopper_score_steps,
     hopper_score_warps,
     hopper_scores,
@@ -32,7 +33,7 @@ from seer_compile.kernels.triton import (
 )
 from seer_compile.types import Visibility
 
-MODULES = (hopper_tiles, hopper_steps, hopper_warps, hopper_attention)
+MODULES = (hopper_tiles, hopper_steps, hopper_warps, hopper_launch, hopper_attention)
 MODULES = (*MODULES, hopper_score_steps, hopper_score_warps, hopper_scores)
 KERNEL = hopper_scores._hopper_scores
 
@@ -40,7 +41,7 @@ KERNEL = hopper_scores._hopper_scores
 @pytest.fixture
 def play(monkeypatch):
     """Run calls on the played machine; return a function that chooses the order of its events."""
-    monkeypatch.setattr(hopper_attention, "_ABSENT_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper_launch, "_ABSENT_MULTIPROCESSORS", 2)
     monkeypatch.setattr(hopper_scores, "launching_on", lambda *_: contextlib.nullcontext())
 
     def choose(seed):
