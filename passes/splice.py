@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -69,7 +70,13 @@ def _measure(stride: Any) -> int:
     if not isinstance(stride, SymInt):
         return stride
     expression = stride.node.expr
-    return int(expression.xreplace(dict.fromkeys(expression.free_symbols, _TYPICAL_SIZE)))
+    symbols = sorted(expression.free_symbols, key=str)
+    # Sizes of experts are differences of offsets: sizes that are all equal may divide by nothing.
+    for step in (0, 1, -1):
+        sizes = {symbol: _TYPICAL_SIZE + step * place for place, symbol in enumerate(symbols)}
+        with contextlib.suppress(ZeroDivisionError):
+            return int(expression.xreplace(sizes))
+    raise PassError(f"the stride {expression} has no size that could be compared")
 
 
 def _describe(value: Any) -> str:

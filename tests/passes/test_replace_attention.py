@@ -145,3 +145,17 @@ def test_smaller_budget_changes_the_result():
     with torch.no_grad():
         store.get("<root>").budget.fill_(0.2)
     assert (captured.graph_module(q, k, v) - full).abs().max() > 1e-3
+
+
+def test_a_stride_that_equal_sizes_divide_by_nothing_is_ordered():
+    import sympy
+    from torch.fx.experimental.sym_node import SymNode
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+    from torch.utils._sympy.functions import FloorDiv
+
+    from seer_compile.passes.splice import _measure
+
+    first, second = sympy.symbols("s0 s1", integer=True, positive=True)
+    for divisor in (first - second, second - first):
+        node = SymNode(FloorDiv(64 * first, divisor), ShapeEnv(), int, 5)
+        assert isinstance(_measure(torch.SymInt(node)), int)
