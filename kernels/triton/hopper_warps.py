@@ -40,7 +40,7 @@ from seer_compile.kernels.triton.hopper_steps import (
     attend_whole_ahead,
     next_slot,
 )
-from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows
+from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows, store_rows
 
 # Triton 3.6 knows it under the second name.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -196,23 +196,18 @@ def produce(
 
 
 @gluon.jit
-def _store(state, pointers, row_stride, queries, q_len, scale, dtype: gl.constexpr):
+def _store(state, pointers, row_stride, first_query, q_len, scale, dtype: gl.constexpr):
     """Divide by the sum and write; a row that read nothing is 0 and -inf."""
     accumulator, running_max, running_sum, spoilt_rows = state
     lse_ptr, out_ptr = pointers
     is_empty = running_sum == 0.0
     divisor = gl.where(is_empty, 1.0, running_sum)
     lse = gl.where(is_empty, float("-inf"), running_max * scale + gl.log(divisor))
+    queries = first_query + gl.arange(0, 64, lse.type.layout)
     gl.store(lse_ptr + queries, lse, mask=queries < q_len)
     factor = gl.where(spoilt_rows != 0, float("nan"), 1.0 / divisor)
     accumulator = scale_rows(accumulator, factor)
-    layout: gl.constexpr = accumulator.type.layout
-    rows = gl.convert_layout(queries, gl.SliceLayout(1, layout))
-    columns = gl.arange(0, accumulator.shape[1], gl.SliceLayout(0, layout))
-    out_rows = out_ptr + rows.to(gl.int64) * row_stride
-    gl.store(
-        out_rows[:, None] + columns[None, :], accumulator.to(dtype), mask=(rows < q_len)[:, None]
-    )
+    store_rows(accumulator, out_ptr, row_stride, first_query, q_len, dtype)
 
 
 @gluon.jit
@@ -328,7 +323,7 @@ def consume(
         head_row = (batch * heads + head).to(gl.int64)
         out_base = batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
         pointers = (lse_ptr + head_row * q_len, out_ptr + out_base)
-        _store(state, pointers, out_strides[2], queries, q_len, scale, dtype)
+        _store(state, pointers, out_strides[2], first_query, q_len, scale, dtype)
         turn += 1
         mbarrier.wait(query_full.index(0), turn & 1)
         item = _read(item_smem, 0, one)
