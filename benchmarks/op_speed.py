@@ -79,10 +79,14 @@ class Case:
     """Query tokens; as many as keys when None."""
 
     def label(self) -> Row:
-        """Return the fields that differ from the default."""
+        """Return the sharing, and the fields that differ from the default."""
         plain = Case(length=0)
         fields = {name: getattr(self, name) for name in self.__dataclass_fields__}
-        return {k: v for k, v in fields.items() if v != getattr(plain, k) and k != "density"}
+        return {
+            k: v
+            for k, v in fields.items()
+            if k == "sharing" or (v != getattr(plain, k) and k != "density")
+        }
 
 
 class Operator:
