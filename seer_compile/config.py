@@ -111,7 +111,7 @@ SELECTORS: tuple[type[Selector], ...] = (TopP, Fraction, TopK, Threshold)
 class GateConfig:
     """Shape of the gates and how their scores become a selection.
 
-    The defaults are the measured best; :meth:`paper` is the published configuration.
+    The defaults are the best measured for their time; :meth:`paper` is the published configuration.
     """
 
     query_pools: tuple[PoolKind, ...] = ("mean",)
