@@ -133,8 +133,7 @@ def gated_attention(
         budget: ``Float[s L]``, float32 or float64: the selector's budget at each of
             ``budget_lengths``; between them linear in log2 of the key length, outside constant.
         mode: ``Int8[]`` on the CPU: 0 dense; 1 sparse where that pays (see
-            :func:`~seer_compile.kernels.dense.dense_reason`); 2 sparse whatever the size. On the
-            device of the tensors too, where each call waits for it.
+            :func:`~seer_compile.kernels.dense.dense_reason`); 2 sparse whatever the size.
         query_pools: Kinds of pooling of queries.
         key_pools: Kinds of pooling of keys.
         query_sub_block: Tokens per sub-block of queries; divides the query block.

@@ -204,9 +204,7 @@ def _check_gated_in_full(
     weights = (gate.query_weight, gate.key_weight)
     _check_gate(query, key, weights, (gate.query_pools, gate.key_pools), gate.sharing)
     check_choice("selector", gate.selector, SELECTOR_NAMES)
-    is_elsewhere = isinstance(gate.mode, Tensor) and gate.mode.device != query.device
-    device = torch.device("cpu") if is_elsewhere else None
-    check_tensor("mode", gate.mode, rank=0, dtypes=(torch.int8,), device=device)
+    check_tensor("mode", gate.mode, rank=0, dtypes=(torch.int8,), device=torch.device("cpu"))
     for length in gate.budget_lengths:
         check_integer("budget_lengths", length, minimum=1)
     if list(gate.budget_lengths) != sorted(set(gate.budget_lengths)) or not gate.budget_lengths:

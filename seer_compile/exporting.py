@@ -34,7 +34,6 @@ def export(
     *,
     dynamic_shapes: Any = None,
     gates: str | os.PathLike[str] | None = None,
-    for_aot_inductor: bool = False,
 ) -> ExportedProgram:
     """Export a model with its gates.
 
@@ -47,9 +46,6 @@ def export(
         kwargs: Keyword arguments to trace with.
         dynamic_shapes: As of ``torch.export.export``.
         gates: Gate file to use in place of the model's own gates.
-        for_aot_inductor: Keep every buffer on the device of the model. Otherwise the modes of the
-            gates stay on the CPU, and the loader of a package for CUDA crashes on buffers that are
-            elsewhere (pytorch/pytorch#190000). Each site then waits for the GPU to learn its mode.
 
     Returns:
         The program. Weights are shared with the model, gates are copied.
@@ -72,8 +68,6 @@ def export(
         plain = _export(model, tuple(args), keywords, dynamic_shapes, what="the model")
     module = plain.module(check_guards=False)
     rewritten = _rewrite(module, store, session)
-    if for_aot_inductor:
-        _gather_buffers(rewritten, device_of(model))
     return _export(rewritten, tuple(args), keywords, dynamic_shapes, what="the rewritten graph")
 
 
@@ -144,14 +138,6 @@ def _rewrite(module: Any, store: GateStore, session: Session | None) -> GraphMod
         store.write_metadata()
         owner.register_buffer("metadata", store.metadata.clone())
     return result.graph_module
-
-
-def _gather_buffers(module: GraphModule, device: torch.device) -> None:
-    """Move what the gates keep on the CPU to a device; their ``to`` leaves it there."""
-    for part in module.modules():
-        for name, buffer in part._buffers.items():
-            if buffer is not None:
-                part._buffers[name] = buffer.to(device)
 
 
 def _export(

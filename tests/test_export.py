@@ -237,28 +237,6 @@ def test_hugging_face_model_is_exported_with_a_dynamic_length():
         assert torch.allclose(program.module()(tokens), dense, atol=1e-5)
 
 
-@torch.no_grad()
-def test_a_program_for_aot_inductor_keeps_its_buffers_on_the_device_of_the_model(monkeypatch):
-    moved = []
-    move = torch.Tensor.to
-
-    def to(tensor, *args, **kwargs):
-        if args and isinstance(args[0], torch.device):
-            moved.append(tensor)
-        return move(tensor, *args, **kwargs)
-
-    model = optimized()
-    monkeypatch.setattr(torch.Tensor, "to", to)
-    program = seer_compile.export(model, (token_ids(100),), for_aot_inductor=True)
-    monkeypatch.undo()
-    held = [name for name in program.state_dict if name.endswith(("mode", "budget", "metadata"))]
-    assert len(held) == 5
-    assert len({id(tensor) for tensor in moved}) >= len(held)
-    seer_compile.set_budget(program, mass=1.0)
-    dense = type(model).forward(model, token_ids(100))
-    assert torch.allclose(program.module()(token_ids(100)), dense, atol=1e-5)
-
-
 @pytest.mark.slow
 @torch.no_grad()
 def test_aot_inductor_package_answers_and_takes_a_new_budget(program, tmp_path):

@@ -185,9 +185,7 @@ def test_a_cuda_graph_holds_a_forward(mode):
 @torch.no_grad()
 def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
     model = optimized(plain())
-    program = seer_compile.export(
-        model, (token_ids(100).to(DEVICE),), dynamic_shapes=LENGTHS, for_aot_inductor=True
-    )
+    program = seer_compile.export(model, (token_ids(100).to(DEVICE),), dynamic_shapes=LENGTHS)
     # The packager leaves the platform in this setting, for good.
     with torch._inductor.config.patch({"aot_inductor.metadata": {}}):
         path = torch._inductor.aoti_compile_and_package(
