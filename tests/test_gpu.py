@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import signal
 import warnings
 
 import pytest
@@ -181,6 +182,18 @@ def test_a_cuda_graph_holds_a_forward(mode):
     assert torch.equal(out, expected)
 
 
+def crashes_with_a_linear_layer(folder):
+    """Whether the loader of packages crashes without anything of ours."""
+    tokens = torch.ones(2, 8, device=DEVICE)
+    program = torch.export.export(torch.nn.Linear(8, 8, device=DEVICE), (tokens,))
+    with torch._inductor.config.patch({"aot_inductor.metadata": {}}):
+        path = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(folder / "linear.pt2")
+        )
+    load = f'import torch; torch._inductor.aoti_load_package(r"{path}")'
+    return run_apart(load).returncode == -signal.SIGSEGV
+
+
 @pytest.mark.slow
 @torch.no_grad()
 def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
@@ -203,5 +216,7 @@ def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
     """
     # In a process of its own: the loader is C++, and where it crashes it takes the process along.
     done = run_apart(code)
+    if done.returncode == -signal.SIGSEGV and crashes_with_a_linear_layer(tmp_path):
+        pytest.skip("PyTorch crashes here as well when it loads a package of one linear layer")
     assert done.returncode == 0, f"{done.returncode}: {done.stdout[-500:]} {done.stderr[-3000:]}"
     assert float(done.stdout) < LIMIT[torch.float32]
