@@ -84,7 +84,6 @@ def _hopper_attention(
     TILES: gl.constexpr,
     NEGATE: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
-    KEYS_AHEAD: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
     query_ring = make_ring(query_desc, 1, CONSUMERS, CONSUMERS)
@@ -115,7 +114,7 @@ def _hopper_attention(
                     rings, item_smem, meeting, plan, work, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
-                    QUERY_IN_REGISTERS, KEYS_AHEAD, 0,
+                    QUERY_IN_REGISTERS, 0,
                 )),
                 (produce, (
                     descriptors, rings, item_smem, plan, work, items, queue_ptr, PER_KEY_HEAD,
@@ -132,13 +131,13 @@ def _hopper_attention(
                     rings, item_smem, meeting, plan, work, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
-                    QUERY_IN_REGISTERS, KEYS_AHEAD, 0,
+                    QUERY_IN_REGISTERS, 0,
                 )),
                 (consume, (
                     rings, item_smem, meeting, plan, work, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
-                    QUERY_IN_REGISTERS, KEYS_AHEAD, 1,
+                    QUERY_IN_REGISTERS, 1,
                 )),
                 (produce, (
                     descriptors, rings, item_smem, plan, work, items, queue_ptr, PER_KEY_HEAD,
@@ -274,7 +273,6 @@ def launch(
             TILES=tiling.tiles,
             NEGATE=scale < 0,
             QUERY_IN_REGISTERS=tiling.query_in_registers,
-            KEYS_AHEAD=tiling.keys_ahead,
             CONSUMER_REGISTERS=240,
             num_warps=4,
             maxnreg=tiling.registers,

@@ -37,7 +37,6 @@ from seer_compile.kernels.triton.hopper_steps import (
     attend_masked,
     attend_one,
     attend_whole,
-    attend_whole_ahead,
     next_slot,
 )
 from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows, store_rows
@@ -232,7 +231,6 @@ def consume(
     TILES: gl.constexpr,
     NEGATE: gl.constexpr,
     QUERY_IN_REGISTERS: gl.constexpr,
-    KEYS_AHEAD: gl.constexpr,
     CONSUMER: gl.constexpr,
 ):
     """Attend for 64 query rows of every item."""
@@ -301,23 +299,9 @@ def consume(
                 )
                 whole -= 1
         if whole > 0:
-            if KEYS_AHEAD:
-                state, cursor = attend_whole_ahead(
-                    query, whole, state, cursor, key_ring, value_ring, qk_scale, STAGES, NEGATE
-                )
-            else:
-                state, cursor = attend_whole(
-                    query,
-                    whole,
-                    state,
-                    cursor,
-                    key_ring,
-                    value_ring,
-                    qk_scale,
-                    STAGES,
-                    TILES,
-                    NEGATE,
-                )
+            state, cursor = attend_whole(
+                query, whole, state, cursor, key_ring, value_ring, qk_scale, STAGES, TILES, NEGATE
+            )
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(0), count=1)
         head_row = (batch * heads + head).to(gl.int64)

@@ -131,9 +131,6 @@ class HopperTiling(NamedTuple):
     """Programs per multiprocessor."""
     registers: int
     """Registers per thread at entry; the copying warps hand most of theirs to the others."""
-    keys_ahead: bool = False
-    """Whether a softmax runs behind the logits of the next tile, not the values of the last; with
-    one tile per slot and two slots or more."""
 
 
 def hopper_tiling(layout: HeadLayout, query_block: int, dim: int) -> HopperTiling:
