@@ -126,9 +126,9 @@ class GateConfig:
     sharing: Sharing = "gate"
     """What the query heads of a key/value head have in common. ``gate``: they are projected
     together and scored once. ``selection``: each is scored, the largest score decides, which takes
-    three times as long at four heads per group and ranks blocks a little better where few are
-    kept. ``none``: each selects for itself. The first two let heads share key tiles in the
-    attention kernel."""
+    two to three times as long at four heads per group and ranks blocks a little better where few
+    are kept; with many more heads per group, which were not measured, compare both. ``none``: each
+    selects for itself. The first two let heads share key tiles in the attention kernel."""
     selector: Selector = field(default_factory=TopP)
 
     def __post_init__(self) -> None:
