@@ -56,28 +56,13 @@ MOST_KILLED = 3
 
 # consumers, heads, tiles, stages, query in registers, programs, registers
 TILINGS: dict[str, dict[int, list[tuple[Any, ...]]]] = {
-    "per head": {
-        64: [(1, 1, 2, 3, True, 2, 128)],
-        128: [
-            (1, 1, 1, 3, True, 2, 128),
-            (1, 1, 2, 3, True, 1, 168),
-        ],
-        256: [(1, 1, 1, 3, False, 1, 168)],
-    },
+    "per head": {64: [], 128: [(1, 1, 2, 3, True, 1, 168)], 256: []},
     "per group": {
-        64: [(2, 2, 2, 5, True, 1, 168)],
-        128: [
-            (2, 2, 2, 3, True, 1, 168),
-            (2, 2, 2, 3, False, 1, 168),
-            (2, 2, 1, 6, True, 1, 168),
-        ],
-        256: [(2, 2, 1, 2, False, 1, 168)],
+        64: [],
+        128: [(2, 2, 2, 3, False, 1, 168), (2, 2, 1, 6, True, 1, 168)],
+        256: [],
     },
-    "128 rows": {
-        64: [(2, 1, 2, 5, True, 1, 168)],
-        128: [(2, 1, 2, 3, True, 1, 168)],
-        256: [(2, 1, 1, 2, False, 1, 168)],
-    },
+    "128 rows": {64: [], 128: [], 256: []},
 }
 """By how rows share key tiles, and head dim: what else than the tuning table's may be fast."""
 

@@ -18,6 +18,7 @@ from seer_compile.errors import (
     NothingOptimizedError,
 )
 from support.models import Triangle, architecture, decoder, token_ids
+from support.packages import package
 from support.processes import run_apart
 from support.rewriting import answer_sparsely
 
@@ -241,11 +242,7 @@ def test_hugging_face_model_is_exported_with_a_dynamic_length():
 @torch.no_grad()
 def test_aot_inductor_package_answers_and_takes_a_new_budget(program, tmp_path):
     seer_compile.set_budget(program, mass=1.0)
-    # The packager leaves the platform in this setting, for good.
-    with torch._inductor.config.patch({"aot_inductor.metadata": {}}):
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
+    path = package(program, tmp_path / "model.pt2")
     calls = [(tokens, program.module()(tokens)) for tokens in (token_ids(333), token_ids(100))]
     seer_compile.set_budget(program, mass=0.05)
     budgets = {name: t for name, t in program.state_dict.items() if name.endswith(".budget")}

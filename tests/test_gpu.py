@@ -15,6 +15,7 @@ import seer_compile
 from seer_compile.config import CalibrationConfig
 from seer_compile.kernels import counters
 from support.models import architecture, decoder, token_ids
+from support.packages import package
 from support.processes import run_apart
 from support.rewriting import answer_sparsely
 
@@ -186,10 +187,7 @@ def crashes_with_a_linear_layer(folder):
     """Whether the loader of packages crashes without anything of ours."""
     tokens = torch.ones(2, 8, device=DEVICE)
     program = torch.export.export(torch.nn.Linear(8, 8, device=DEVICE), (tokens,))
-    with torch._inductor.config.patch({"aot_inductor.metadata": {}}):
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(folder / "linear.pt2")
-        )
+    path = package(program, folder / "linear.pt2")
     load = f'import torch; torch._inductor.aoti_load_package(r"{path}")'
     return run_apart(load).returncode == -signal.SIGSEGV
 
@@ -199,11 +197,7 @@ def crashes_with_a_linear_layer(folder):
 def test_aot_inductor_package_answers_on_the_gpu(tmp_path):
     model = optimized(plain())
     program = seer_compile.export(model, (token_ids(100).to(DEVICE),), dynamic_shapes=LENGTHS)
-    # The packager leaves the platform in this setting, for good.
-    with torch._inductor.config.patch({"aot_inductor.metadata": {}}):
-        path = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "model.pt2")
-        )
+    path = package(program, tmp_path / "model.pt2")
     tokens = token_ids(333).to(DEVICE)
     torch.save((tokens, program.module()(tokens)), tmp_path / "expected.pt")
     code = f"""
