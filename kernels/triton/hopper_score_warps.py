@@ -37,6 +37,9 @@ from seer_compile.kernels.triton.hopper_warps import copy_tile
 
 tile_ranges = gluon.jit(row_statistics.tile_ranges.fn)
 
+_STEPS = gl.constexpr(16)
+"""Column tiles whose scores are written together."""
+
 
 @gluon.jit
 def item_of(turn, work):
@@ -117,10 +120,22 @@ def copy_features(
 
 
 @gluon.jit
+def _clear(map_ptr, rows, num_column_units, first, last):
+    """Write 0 to the columns in ``[first, last)`` of some rows."""
+    layout: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    columns = gl.arange(0, 128, layout)
+    zeros = gl.zeros([128], gl.float32, layout)
+    for row in range(rows[0], rows[1]):
+        row_ptr = map_ptr + row.to(gl.int64) * num_column_units
+        for start in range(first, last, 128):
+            gl.store(row_ptr + (start + columns), zeros, mask=start + columns < last)
+
+
+@gluon.jit
 def _write_scores(
     kept_ptr,
     normalizer_smem,
-    target_ptr,
+    map_ptr,
     first_row_unit,
     begin,
     end,
@@ -129,12 +144,11 @@ def _write_scores(
     ROW_UNIT: gl.constexpr,
     POOLED: gl.constexpr,
 ):
-    """Write the scores of 64 rows, from the maxima of the steps in ``[begin, end)``; 0 elsewhere.
+    """Write the scores of 64 rows, from the maxima of the steps in ``[begin, end)``.
 
     The exponential is taken of the largest of a block's rows: it grows with its argument.
     """
     num_row_units, num_column_units = units
-    STEPS: gl.constexpr = 16
     ROW_UNITS: gl.constexpr = 64 // ROW_UNIT
     layout: gl.constexpr = gl.BlockedLayout(
         [ROW_UNITS, 1, 1, UNITS], [1, 8, 4, 1], [1, 1, 4, 1], [3, 2, 1, 0]
@@ -148,18 +162,13 @@ def _write_scores(
     subtracted = normalizer_smem.reshape([ROW_UNITS, ROW_UNIT]).load(row_layout)
     subtracted = gl.expand_dims(gl.expand_dims(subtracted, 2), 3)
     place_layout: gl.constexpr = gl.SliceLayout(0, others)
-    place = gl.arange(0, STEPS, gl.SliceLayout(1, place_layout))[:, None]
+    place = gl.arange(0, _STEPS, gl.SliceLayout(1, place_layout))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, place_layout))[None, :]
     target_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, others))
     target_row = first_row_unit + gl.arange(0, ROW_UNITS, target_layout)
     target_row = gl.expand_dims(gl.expand_dims(target_row, 1), 2)
-    target_ptr += target_row.to(gl.int64) * num_column_units
-    first_step = 0
-    last_step = (num_column_units + UNITS - 1) // UNITS
-    if POOLED > 1:
-        first_step = begin
-        last_step = end
-    for start in range(first_step, last_step, STEPS):
+    target_ptr = map_ptr + target_row.to(gl.int64) * num_column_units
+    for start in range(begin // _STEPS * _STEPS, end, _STEPS):
         step = gl.expand_dims(start + place + unit * 0, 0)
         column_unit = gl.expand_dims((start + place) * UNITS + unit, 0)
         within = gl.expand_dims((start + place) * (128 * UNITS) + unit, 0)
@@ -169,8 +178,7 @@ def _write_scores(
         scores = gl.exp2(gl.reduce(kept.to(gl.float32) - subtracted, 1, larger))
         # What is kept is rounded, the sum is not.
         scores = gl.minimum(scores, 1.0, propagate_nan=KEEP_NAN)
-        inside = (step < last_step) & (column_unit < num_column_units)
-        inside = inside & (target_row < num_row_units)
+        inside = (column_unit < num_column_units) & (target_row < num_row_units)
         if POOLED > 1:
             # Bits of numbers that are never negative are ordered as the numbers are.
             bits = scores.to(gl.int32, bitcast=True)
@@ -213,6 +221,13 @@ def finish(
         )
         map_head = batch * (heads // POOLED) + head // POOLED
         target_ptr = map_ptr + map_head.to(gl.int64) * num_row_units * num_column_units
+        if POOLED == 1:
+            # What no row sees, while the others still multiply; where heads are pooled it is 0.
+            rows = tile * 256 // ROW_UNIT, gl.minimum((tile + 1) * 256 // ROW_UNIT, num_row_units)
+            first = begin // _STEPS * _STEPS
+            last = first + (end - first + _STEPS - 1) // _STEPS * _STEPS
+            _clear(target_ptr, rows, num_column_units, 0, first * UNITS)
+            _clear(target_ptr, rows, num_column_units, last * UNITS, num_column_units)
         mbarrier.wait(scored.index(half), (turn >> 1) & 1)
         for part in range(4):
             kept_ptr = memory_ptr + (half * 2 + part // 2) * stride
