@@ -15,6 +15,9 @@ returns once a phase of that parity has ended, and the phase before phase 0 has 
            0 is the phase before 0.
 ``meeting`` one arrival per consumer when a value tile holds something not finite: see
            ``hopper_steps``. Both see the same tile, so both come or none does.
+``turn``   one per consumer, one arrival, the other consumer's after it has begun its products. The
+           second waits for the n-th time for phase n, parity n % 2; the first, whose turn comes
+           first, for phase n - 1, parity (n + 1) % 2.
 
 All consumers take the same items and steps, in the order in which the producer fills slots; a
 producer waits only for slots whose earlier contents it has already sent, and a consumer only for
@@ -92,6 +95,14 @@ def _copy_one(
 
 
 @gluon.jit
+def _hand_over(item_smem, numbers):
+    """Write what the consumers need to know of an item."""
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
+    for index in gl.static_range(len(numbers)):
+        item_smem.index(index).store(gl.full([1], numbers[index], gl.int32, one))
+
+
+@gluon.jit
 def _read(item_smem, index, layout: gl.constexpr):
     """Return one of the numbers that the producer hands over with an item."""
     return gl.max(item_smem.index(index).load(layout), 0)
@@ -122,9 +133,8 @@ def produce(
     value_smem, value_full, value_empty = value_ring
     tiles_ptr, masked_ptr, whole_ptr, capacity = plan
     TILE_Q: gl.constexpr = 64 * CONSUMERS // TILE_HEADS
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     item = gl.program_id(0)
-    turn = 0
+    sent = 0
     slot = 0
     phase = 0
     while item < items:
@@ -136,11 +146,8 @@ def produce(
         list_ptr = tiles_ptr + row.to(gl.int64) * capacity
         # What is read from memory one step ahead of its use costs no wait.
         tile = gl.load(list_ptr, mask=masked > 0, other=0)
-        mbarrier.wait(query_empty.index(0), (turn & 1) ^ 1)
-        item_smem.index(0).store(gl.full([1], item, gl.int32, one))
-        item_smem.index(1).store(gl.full([1], masked, gl.int32, one))
-        item_smem.index(2).store(gl.full([1], whole, gl.int32, one))
-        item_smem.index(3).store(gl.full([1], tile, gl.int32, one))
+        mbarrier.wait(query_empty.index(0), (sent & 1) ^ 1)
+        _hand_over(item_smem, (item, batch, head, first_query, row, masked, whole, tile))
         mbarrier.expect(query_full.index(0), CONSUMERS * query_desc.block_type.nbytes)
         for consumer in gl.static_range(CONSUMERS):
             rows = [
@@ -187,10 +194,10 @@ def produce(
             if TILES == 2:
                 copy_tile(value_desc, second, full, value_smem.index(slot * TILES + 1))
             slot, phase = next_slot(slot, phase, STAGES)
-        turn += 1
+        sent += 1
         item = gl.num_programs(0) + gl.atomic_add(queue_ptr, 1, sem="relaxed")
-    mbarrier.wait(query_empty.index(0), (turn & 1) ^ 1)
-    item_smem.index(0).store(gl.full([1], items, gl.int32, one))
+    mbarrier.wait(query_empty.index(0), (sent & 1) ^ 1)
+    _hand_over(item_smem, (items,))
     mbarrier.arrive(query_full.index(0), count=1)
 
 
@@ -214,6 +221,7 @@ def consume(
     rings,
     item_smem,
     meeting,
+    turn,
     plan,
     work,
     items,
@@ -239,24 +247,24 @@ def consume(
     tiles_ptr, _, _, capacity = plan
     out_ptr, lse_ptr, out_strides = results
     q_len = band[0]
-    TILE_Q: gl.constexpr = 64 * CONSUMERS // TILE_HEADS
     dtype: gl.constexpr = query_smem.dtype
     value_dim: gl.constexpr = value_ring[0].shape[4]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, value_dim, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    turn = 0
-    cursor = (0, 0, 0)
+    taken = 0
+    cursor = (0, 0, 0, 0)
     mbarrier.wait(query_full.index(0), 0)
     item = _read(item_smem, 0, one)
     while item < items:
-        batch, head, first_query, row = _decode(
-            item, work, PER_SELECTION, BLOCK_Q, TILE_Q, TILE_HEADS
-        )
-        masked = _read(item_smem, 1, one)
-        whole = _read(item_smem, 2, one)
-        tile = _read(item_smem, 3, one)
+        batch = _read(item_smem, 1, one)
+        head = _read(item_smem, 2, one)
+        first_query = _read(item_smem, 3, one)
+        row = _read(item_smem, 4, one)
+        masked = _read(item_smem, 5, one)
+        whole = _read(item_smem, 6, one)
+        tile = _read(item_smem, 7, one)
         head += CONSUMER * (TILE_HEADS - 1)
         first_query += 64 * CONSUMER * (2 - TILE_HEADS)
         queries = first_query + gl.arange(0, 64, row_layout)
@@ -300,7 +308,19 @@ def consume(
                 whole -= 1
         if whole > 0:
             state, cursor = attend_whole(
-                query, whole, state, cursor, key_ring, value_ring, qk_scale, STAGES, TILES, NEGATE
+                query,
+                whole,
+                state,
+                cursor,
+                key_ring,
+                value_ring,
+                turn,
+                qk_scale,
+                CONSUMERS,
+                STAGES,
+                TILES,
+                NEGATE,
+                CONSUMER,
             )
         if not QUERY_IN_REGISTERS:
             mbarrier.arrive(query_empty.index(0), count=1)
@@ -308,6 +328,6 @@ def consume(
         out_base = batch.to(gl.int64) * out_strides[0] + head.to(gl.int64) * out_strides[1]
         pointers = (lse_ptr + head_row * q_len, out_ptr + out_base)
         _store(state, pointers, out_strides[2], first_query, q_len, scale, dtype)
-        turn += 1
-        mbarrier.wait(query_full.index(0), turn & 1)
+        taken += 1
+        mbarrier.wait(query_full.index(0), taken & 1)
         item = _read(item_smem, 0, one)
