@@ -21,8 +21,9 @@ returns once a phase of that parity has ended, and the phase before phase 0 has 
 
 All consumers take the same items and steps, in the order in which the producer fills slots; a
 producer waits only for slots whose earlier contents it has already sent, and a consumer only for
-contents whose slot it has already freed. So some warp can always go on until the last item, whose
-number, beyond the end, the producer hands over without a copy.
+contents whose slot it has already freed. Both consumers take as many turns, and the one that has
+taken fewer waits for none that the other has yet to take. So some warp can always go on until the
+last item, whose number, beyond the end, the producer hands over without a copy.
 
 Source:
     Shah et al., "FlashAttention-3", arXiv:2407.08608: a warp that copies, the softmax of one tile
