@@ -191,7 +191,11 @@ def sample_rows(total: int, wanted: int, *, key: str, device: torch.device) -> T
         return None
     generator = torch.Generator(device="cpu").manual_seed(zlib.crc32(key.encode()))
     order = torch.randperm(total, generator=generator, device="cpu")
-    return order[:wanted].sort().values.to(device)
+    chosen = order[:wanted].sort().values
+    if device.type == "cuda":
+        # From memory that is not pinned the copy would wait for all that the device has yet to do.
+        return chosen.pin_memory().to(device, non_blocking=True)
+    return chosen.to(device)
 
 
 def unpadded(visibility: Visibility) -> Visibility:

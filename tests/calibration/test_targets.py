@@ -124,6 +124,21 @@ def test_sampled_rows_are_distinct_ascending_and_depend_on_the_key_alone():
     assert sample_rows(64, 64, key="x", device=cpu) is None
 
 
+@pytest.mark.gpu
+def test_choosing_rows_does_not_wait_for_the_device():
+    choices = {"total": 500, "wanted": 64, "key": "0:3:0:a"}
+    device = torch.device("cuda")
+    # The first call takes the memory that later ones find.
+    sample_rows(**choices, device=device)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    busy = torch.cuda.Event()
+    busy.record()
+    rows = sample_rows(**choices, device=device)
+    assert not busy.query()
+    assert torch.equal(rows.cpu(), sample_rows(**choices, device=torch.device("cpu")))
+
+
 @pytest.mark.parametrize("sharpness", [0.5, 1.6, 40.0])
 @pytest.mark.parametrize("sharing", ["gate", "selection"])
 def test_a_sharper_target_holds_the_powers_of_its_shares(sharpness, sharing):
