@@ -6,7 +6,7 @@ Letters of shapes: see :mod:`seer_compile.types`. P is the number of budgets of 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,12 @@ from tqdm.auto import tqdm
 
 from seer_compile.budget_curve import BudgetCurve
 from seer_compile.calibration import distributed
+from seer_compile.calibration.curve_sums import (
+    CurveSums,
+    curve_of,
+    selection_totals,
+    windows_of,
+)
 from seer_compile.calibration.record import Run, dense_answer, gate_of
 from seer_compile.calibration.site_trainer import no_site
 from seer_compile.calibration.targets import attention_mass
@@ -54,6 +60,9 @@ GRIDS = {
 
 # Lengths closer than this many steps per octave share a row of the curve.
 _STEPS_PER_OCTAVE = 2
+_SCORES_AT_ONCE = 8 * 2**20
+"""Block scores that selections of several budgets are made from in one call: 32 MB."""
+
 _MAP_SIDE = 96
 _ORACLE_STEP = 3
 
@@ -110,7 +119,8 @@ def tabulate(
         CalibrationDataError: No batch reaches a site.
 
     Cost:
-        Per site and batch: one attention-mass map, and four selections per three budgets.
+        Per site and batch: one attention-mass map, and four selections per three budgets; some 16
+        times the 32 MB of scores from which several are made at once.
     """
     recorder = CurveRecorder(store, grid=grid, measure_errors=measure_errors)
     hidden = not progress or distributed.rank() != 0
@@ -135,7 +145,7 @@ class CurveRecorder:
         # The oracle is for comparison only: every third budget, and all blocks.
         self.oracle_grid = (*self.grid[:-1:_ORACLE_STEP], self.grid[-1])
         self.measure_errors = measure_errors
-        self._sums: dict[str, dict[int, _Sums]] = {}
+        self._sums: dict[str, dict[int, CurveSums]] = {}
         self._maps: dict[str, BlockMap] = {}
         self._map_lengths: dict[str, int] = {}
 
@@ -165,21 +175,21 @@ class CurveRecorder:
         captured_by, needed = shared.mean(2), shared.amax(2)
         visible, distance = block_visibility(gate, inputs), _distance_to_diagonal(gate, inputs)
         sums = self._sums.setdefault(inputs.name, {}).setdefault(
-            _bucket(k_len), _Sums(len(self.grid), gate.selection_heads)
+            _bucket(k_len), CurveSums(len(self.grid), gate.selection_heads)
         )
         sums.add_rows(k_len, captured_by, visible)
         scores = gate.block_scores(inputs)
-        for place, value in enumerate(self.grid):
-            budget = torch.full(
-                (gate.selection_heads,), value, dtype=torch.float64, device=scores.device
-            )
-            selection = gate.select_from(scores, inputs, budget)
-            sums.add("gate", place, selection, captured_by)
-            if self.measure_errors:
-                sums.add_error(place, _sparse_answer(gate, inputs, selection), answer)
-            if value in self.oracle_grid:
-                best = gate.select_from(needed, inputs, budget)
-                sums.add("oracle", self.oracle_grid.index(value), best, captured_by)
+        grids = {"gate": (scores, self.grid), "oracle": (needed, self.oracle_grid)}
+        for kind, (ranked, grid) in grids.items():
+            for first, selection in selections_at(gate, inputs, ranked, grid):
+                count = selection.counts.shape[1] // gate.selection_heads
+                totals = selection_totals(selection, captured_by.repeat(1, count, 1, 1))
+                kept, captured = (part.unflatten(0, (count, -1)) for part in totals)
+                sums.add(kind, first, kept, captured)
+                if kind == "gate" and self.measure_errors:
+                    for place in range(count):
+                        sparse = _sparse_answer(gate, inputs, _one_of(selection, place, count))
+                        sums.add_error(first + place, sparse, answer)
         sums.add_control(captured_by, visible, _sink(visible, inputs, size.key), distance)
         self._keep_map(inputs.name, k_len, scores, needed)
 
@@ -191,14 +201,16 @@ class CurveRecorder:
                 head=head, scores=_thumbnail(scores[0, head]), oracle=_thumbnail(needed[0, head])
             )
 
-    def _table(self, name: str, by_bucket: dict[int, _Sums]) -> SiteTable:
+    def _table(self, name: str, by_bucket: dict[int, CurveSums]) -> SiteTable:
         ordered = [by_bucket[bucket] for bucket in sorted(by_bucket)]
         longest = ordered[-1]
         heads = longest.gate_kept / longest.visible_per_head.clamp(min=1)
         data = {
-            "gate": _curve("gate", self.store.config.selector.name, self.grid, ordered),
-            "oracle": _curve("oracle", self.store.config.selector.name, self.oracle_grid, ordered),
-            "control": _curve("control", "sink_local", _control_windows(ordered), ordered),
+            "gate": curve_of("gate", self.store.config.selector.name, self.grid, ordered),
+            "oracle": curve_of(
+                "oracle", self.store.config.selector.name, self.oracle_grid, ordered
+            ),
+            "control": curve_of("control", "sink_local", windows_of(ordered), ordered),
             "heads": heads.tolist(),
             "map": [self._maps[name].head, self._maps[name].scores, self._maps[name].oracle],
         }
@@ -221,63 +233,33 @@ class CurveRecorder:
         )
 
 
-class _Sums:
-    """Running sums of one site at one length."""
+def selections_at(
+    gate: AttnGate, inputs: SiteInputs, scores: Tensor, budgets: Sequence[float]
+) -> Iterator[tuple[int, BlockSelection]]:
+    """Select at every budget, as many as memory allows in one call.
 
-    def __init__(self, budgets: int, heads: int) -> None:
-        self.batches, self.length_sum = 0, 0
-        self.rows = 0.0
-        self.visible_per_head = torch.zeros(heads, dtype=torch.float64)
-        self.gate_kept = torch.zeros(budgets, heads, dtype=torch.float64)
-        self.kept = {"gate": [0.0] * budgets, "oracle": [0.0] * budgets}
-        self.captured = {"gate": [0.0] * budgets, "oracle": [0.0] * budgets}
-        self.wrong, self.norm = [0.0] * budgets, [0.0] * budgets
-        self.control: dict[int, tuple[float, float]] = {}
-
-    def add_rows(self, k_len: int, mass: Tensor, visible: Tensor) -> None:
-        self.batches += 1
-        self.length_sum += k_len
-        # A row of which nothing can be read carries no mass, captured or not.
-        self.rows += float((mass.sum(-1) != 0).sum())
-        self.visible_per_head += float(visible.sum()) * mass.shape[0]
-
-    def add(self, kind: str, place: int, selection: BlockSelection, mass: Tensor) -> None:
-        kept, captured = selection_totals(selection, mass)
-        self.kept[kind][place] += float(kept.sum())
-        self.captured[kind][place] += float(captured.sum())
-        if kind == "gate":
-            self.gate_kept[place] += kept.double().cpu()
-
-    def add_error(self, place: int, sparse: Tensor, dense: Tensor) -> None:
-        self.wrong[place] += float((sparse.double() - dense.double()).square().sum())
-        self.norm[place] += float(dense.double().square().sum())
-
-    def add_control(self, mass: Tensor, visible: Tensor, sink: Tensor, distance: Tensor) -> None:
-        for window in control_windows(mass.shape[-1]):
-            chosen = visible & ((distance < window) | sink)
-            kept, captured = self.control.get(window, (0.0, 0.0))
-            kept += float(chosen.expand_as(mass).sum())
-            captured += float(torch.where(chosen, mass, 0.0).sum(dtype=torch.float64))
-            self.control[window] = (kept, captured)
-
-
-def selection_totals(selection: BlockSelection, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, per selection head, the blocks kept and the mass they carry.
+    A call costs the host more than a selection costs the device, at lengths that are calibrated on.
 
     Args:
-        selection: Indices ``Int32[b s m capacity]`` and counts ``Int32[b s m]``.
-        mass: ``Float32[b s m n]``.
+        gate: Whose selector chooses.
+        inputs: Operands of the site.
+        scores: ``Float32[b s m n]``.
+        budgets: Of the selector.
 
-    Returns:
-        ``Int64[s]`` and ``Float64[s]``, summed over batch and rows.
+    Yields:
+        The place of the first budget of a call, and its selections: ``P*s`` heads, those of one
+        budget after those of the one before.
     """
-    indices, counts = selection
-    slots = torch.arange(indices.shape[-1], device=indices.device)
-    is_kept = slots < counts[..., None]
-    # Entries past the count are undefined; they must not be used as indices.
-    found = mass.gather(-1, torch.where(is_kept, indices, 0).long())
-    captured = torch.where(is_kept, found, 0.0).double().sum((0, 2, 3))
-    return counts.long().sum((0, 2)), captured
+    at_once = max(1, _SCORES_AT_ONCE // max(scores.numel(), 1))
+    for first in range(0, len(budgets), at_once):
+        part = torch.tensor(budgets[first : first + at_once], dtype=torch.float64)
+        budget = part.repeat_interleave(scores.shape[1]).to(scores.device)
+        yield first, gate.select_from(scores.repeat(1, len(part), 1, 1), inputs, budget)
+
+
+def _one_of(selection: BlockSelection, place: int, count: int) -> BlockSelection:
+    """Return one of ``count`` selections that came of one call."""
+    return BlockSelection(*(part.unflatten(1, (count, -1))[:, place] for part in selection))
 
 
 def block_visibility(gate: AttnGate, inputs: SiteInputs) -> Tensor:
@@ -299,11 +281,6 @@ def _sink(visible: Tensor, inputs: SiteInputs, key_unit: int) -> Tensor:
     if padding is not None:
         readable = readable & units_with_key(padding, key_unit)[:, None, None]
     return readable & readable.cumsum(-1).eq(1)
-
-
-def control_windows(blocks: int) -> list[int]:
-    """Return local windows in blocks: none, then powers of two until all blocks are inside."""
-    return [0, *(2**power for power in range(max(1, blocks).bit_length() + 1))]
 
 
 def _distance_to_diagonal(gate: AttnGate, inputs: SiteInputs) -> Tensor:
@@ -344,52 +321,6 @@ def _sparse_answer(gate: AttnGate, inputs: SiteInputs, selection: BlockSelection
 
 def _bucket(k_len: int) -> int:
     return round(_STEPS_PER_OCTAVE * math.log2(max(k_len, 1)))
-
-
-def _control_windows(ordered: Sequence[_Sums]) -> tuple[float, ...]:
-    return tuple(
-        float(window) for window in sorted(set().union(*(sums.control for sums in ordered)))
-    )
-
-
-def _curve(
-    kind: str, selector: str, budgets: Sequence[float], ordered: Sequence[_Sums]
-) -> dict[str, Any]:
-    densities, masses, errors = [], [], []
-    for sums in ordered:
-        visible = max(1.0, float(sums.visible_per_head.sum()))
-        rows = max(1.0, sums.rows)
-        if kind == "control":
-            # A short sequence has fewer windows; all beyond its last keep everything.
-            points = [sums.control[min(w, max(sums.control))] for w in map(int, budgets)]
-            kept, captured = zip(*points, strict=True)
-        else:
-            kept, captured = (part[kind][: len(budgets)] for part in (sums.kept, sums.captured))
-        densities.append([_share(value, visible) for value in kept])
-        masses.append([_share(value, rows) for value in captured])
-        if kind == "gate" and any(sums.norm):
-            errors.append(
-                [math.sqrt(w / n) if n else 0.0 for w, n in zip(sums.wrong, sums.norm, strict=True)]
-            )
-    return {
-        "selector": selector,
-        "lengths": _ascending([round(sums.length_sum / sums.batches) for sums in ordered]),
-        "budgets": list(budgets),
-        "densities": densities,
-        "captured_mass": masses,
-        "errors": errors if len(errors) == len(ordered) else None,
-    }
-
-
-def _share(part: float, whole: float) -> float:
-    # Rounding may pass 1; written so that NaN stays NaN.
-    return 1.0 if part > whole else part / whole
-
-
-def _ascending(lengths: list[int]) -> list[int]:
-    for place in range(1, len(lengths)):
-        lengths[place] = max(lengths[place], lengths[place - 1] + 1)
-    return lengths
 
 
 def _thumbnail(scores: Tensor) -> tuple[tuple[float, ...], ...]:

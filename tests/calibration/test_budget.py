@@ -3,7 +3,9 @@
 import pytest
 import torch
 
-from seer_compile.calibration.budget import control_windows, selection_totals, tabulate
+from seer_compile.calibration import budget
+from seer_compile.calibration.budget import tabulate
+from seer_compile.calibration.curve_sums import control_windows, selection_totals
 from seer_compile.calibration.targets import attention_mass
 from seer_compile.config import Fraction, GateConfig, Threshold, TopK
 from seer_compile.errors import CalibrationDataError
@@ -39,6 +41,19 @@ def test_totals_ignore_entries_past_the_count():
     expected = kept_map(selection, 7)
     assert torch.equal(kept, expected.sum((0, 2, 3)))
     torch.testing.assert_close(captured.float(), (mass * expected).sum((0, 2, 3)))
+
+
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_budgets_measured_together_are_as_those_measured_alone(sharing, monkeypatch):
+    config = GateConfig(gate_dim=32, block_size=SIZE, sharing=sharing)
+    grid = (0.2, 0.5, 0.7, 0.9, 0.95, 1.0)
+    _, together = measure(batches(2, 200), config, grid, measure_errors=True)
+    monkeypatch.setattr(budget, "_SCORES_AT_ONCE", 1)
+    _, alone = measure(batches(2, 200), config, grid, measure_errors=True)
+    assert together == alone
+    curve = together["layers.1.attn"].gate
+    assert curve.densities[0][0] < curve.densities[0][-1] == 1.0
+    assert curve.errors[0][0] > curve.errors[0][-1]
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
