@@ -2,7 +2,8 @@
 
 ``portable`` are Triton kernels for every GPU; ``hopper`` are built for compute capability 9.0 and
 do not take every call: of attention, of its backward, of block scores. ``auto`` is
-:data:`AUTO_ENGINE`.
+:data:`AUTO_ENGINE`. ``flash-attn-4`` is the forward of an optional package
+(:mod:`seer_compile.kernels.flash_attention_4`); all else is then as by ``auto``.
 
 Example:
     >>> with attention_engine("portable"):
@@ -21,14 +22,15 @@ from typing import Any
 from torch import Tensor
 
 from seer_compile.errors import SeerWarning, VersionUnsupportedError
+from seer_compile.kernels import flash_attention_4
 from seer_compile.kernels.checks import check_choice
 from seer_compile.kernels.counters import Tally
 from seer_compile.kernels.geometry import Grid
-from seer_compile.types import Visibility
+from seer_compile.types import VISIBILITY_ARGUMENTS, Visibility
 
 _NO_GLUON = "this Triton lacks what the engine is written in"
 
-ENGINES = ("auto", "portable", "hopper")
+ENGINES = ("auto", "portable", "hopper", flash_attention_4.NAME)
 
 AUTO_ENGINE = "hopper"
 """What ``auto`` means: the faster one where it was measured (one H200, ``benchmarks/engines.py``,
@@ -40,7 +42,7 @@ _answers = Tally()
 
 
 class EngineFallbackWarning(SeerWarning):
-    """A call went to the portable kernel although another was asked for; the text says why."""
+    """A call went to other kernels than those that were asked for; the text says why."""
 
 
 @contextmanager
@@ -52,7 +54,7 @@ def attention_engine(name: str) -> Iterator[None]:
     that autograd runs in a thread of its own, as it does on CUDA, follows ``auto``.
 
     Args:
-        name: ``auto``, ``portable`` or ``hopper``.
+        name: ``auto``, ``portable``, ``hopper`` or ``flash-attn-4``.
 
     Raises:
         RangeError: Another name.
@@ -66,7 +68,10 @@ def attention_engine(name: str) -> Iterator[None]:
 
 
 def answers() -> dict[str, int]:
-    """Return calls per engine; ``portable:`` and a reason where ``hopper`` did not take one."""
+    """Return calls per engine; ``portable:`` and a reason where ``hopper`` did not take one.
+
+    ``auto:`` and a reason is what ``flash-attn-4`` did not take, beside the engine that did.
+    """
     return _answers.snapshot()
 
 
@@ -81,8 +86,34 @@ def forward(
     """Compute block-sparse attention; arguments as the operator's, without sinks.
 
     Raises:
-        VersionUnsupportedError: ``hopper`` was chosen and this Triton lacks what it is written in.
+        VersionUnsupportedError: The engine was chosen by name and what it is written in is not
+            there, or too old.
+        EngineMismatchError: See :func:`seer_compile.kernels.flash_attention_4.launch`.
     """
+
+    def answer_by_default() -> tuple[Tensor, Tensor]:
+        return _forward_by_triton(query, key, value, *rest, softcap=softcap)
+
+    if _chosen.get() != flash_attention_4.NAME:
+        return answer_by_default()
+    indices, counts, scale, query_block, key_block = rest[:5]
+    visibility = Visibility(**dict(zip(VISIBILITY_ARGUMENTS, rest[5:], strict=False)))
+    tensors, blocks = (query, key, value), (query_block, key_block)
+    reason = flash_attention_4.obstacle(*tensors, scale, blocks, visibility, softcap)
+    if reason is not None:
+        _answers.add(f"auto:{reason}")
+        _warn(flash_attention_4.NAME, "the default ones do", reason)
+        return answer_by_default()
+    answer = flash_attention_4.launch(
+        *tensors, indices, counts, scale, blocks, visibility.upper, answer_by_default
+    )
+    _answers.add(flash_attention_4.NAME)
+    return answer
+
+
+def _forward_by_triton(
+    query: Tensor, key: Tensor, value: Tensor, *rest: Any, softcap: float | None
+) -> tuple[Tensor, Tensor]:
     from seer_compile.kernels.triton import attention_forward as portable
 
     def obstacle(engine: str) -> str | None:
@@ -157,6 +188,8 @@ def block_scores(
 def _goes_to_hopper(call: str, find_obstacle: Callable[[str], str | None]) -> bool:
     """Choose the engine of a call, count it, and warn where it is not the one asked for by name."""
     engine = _chosen.get()
+    if engine == flash_attention_4.NAME:
+        engine = "auto"
     if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
         _answers.add(f"{call}portable")
         return False
@@ -166,12 +199,16 @@ def _goes_to_hopper(call: str, find_obstacle: Callable[[str], str | None]) -> bo
         return True
     _answers.add(f"{call}portable:{reason}")
     if engine != "auto":
-        warnings.warn(
-            f"The hopper engine does not take this call, the portable one does: {reason}",
-            EngineFallbackWarning,
-            stacklevel=3,
-        )
+        _warn(engine, "the portable one does", reason)
     return False
+
+
+def _warn(engine: str, instead: str, reason: str) -> None:
+    warnings.warn(
+        f"The {engine} engine does not take this call, {instead}: {reason}",
+        EngineFallbackWarning,
+        stacklevel=4,
+    )
 
 
 def _obstacle(

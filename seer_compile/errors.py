@@ -172,6 +172,12 @@ class ExportError(SeerCompileError):
     code = "SEER-305"
 
 
+class EngineMismatchError(SeerError, RuntimeError):
+    """An engine answered otherwise than the default kernels."""
+
+    code = "SEER-400"
+
+
 class GateFileError(SeerError, OSError, ValueError):
     """A gate file could not be used."""
 
