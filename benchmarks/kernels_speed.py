@@ -14,6 +14,7 @@ Triton's cache.
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
+from seer_compile.kernels import flash_attention_4
 from seer_compile.kernels.triton import (
     attention_backward,
     attention_forward,
@@ -124,8 +126,28 @@ def dense(bench: Bench, backend: SDPBackend) -> Callable[[], Tensor]:
     return run
 
 
+def sparse_peer(bench: Bench, density: float) -> Row:
+    """Time FlashAttention-4 on blocks of 128 x 128, its lists split beforehand."""
+    heads, kv_heads, dim = bench.query.shape[1], bench.key.shape[1], bench.query.shape[3]
+    blocks = (128, 128)
+    label = {"what": "FlashAttention-4", "density": density, "blocks": [*blocks], **bench.shape}
+    indices, counts = bench.select(density, *blocks, kv_heads)
+    lists = flash_attention_4.split_lists(indices, counts, heads, blocks, 0)
+    tensors = (bench.query, bench.key, bench.value, lists, bench.scale, blocks)
+
+    def run() -> tuple[Tensor, Tensor]:
+        return flash_attention_4.attend(*tensors, is_causal=True)
+
+    try:
+        check_forward(bench, run()[0], indices, counts, *blocks)
+        kept = float(counts.double().sum()) * heads / kv_heads
+        return {**label, **timed(run, 4 * dim * blocks[0] * blocks[1] * kept)}
+    except Exception as error:
+        return {**label, "error": f"{type(error).__name__}: {str(error)[:80]}"}
+
+
 def peers(bench: Bench) -> Iterator[Row]:
-    """Time dense attention."""
+    """Time dense attention, and FlashAttention-4 on selected blocks where it is installed."""
     if DEVICE == "cpu":
         return
     batch, heads, length, dim = bench.query.shape
@@ -138,6 +160,8 @@ def peers(bench: Bench) -> Iterator[Row]:
             yield {"what": name, **bench.shape, **timed(dense(bench, backend), work)}
         except RuntimeError as error:
             yield {"what": name, **bench.shape, "error": str(error)[:80]}
+    if importlib.util.find_spec("flash_attn") is not None:
+        yield sparse_peer(bench, 0.1)
 
 
 def forward_row(bench: Bench, density: float, variant: Row) -> Row:

@@ -180,24 +180,8 @@ def launch(
         VersionUnsupportedError: The package is not there, or lacks what is used of it.
         EngineMismatchError: The first answer of its kind is not that of the default kernels.
     """
-    package = _package()
     lists = split_lists(indices, counts, query.shape[1], blocks, upper)
-    tokens_first = (part.transpose(1, 2) for part in (query, key, value))
-    with torch.no_grad():
-        out, lse = package.attend(
-            *tokens_first,
-            softmax_scale=scale,
-            mask_mod=None if upper is None else package.causal,
-            block_sparse_tensors=package.lists(
-                mask_block_cnt=lists.masked_counts,
-                mask_block_idx=lists.masked,
-                full_block_cnt=lists.full_counts,
-                full_block_idx=lists.full,
-                block_size=blocks,
-            ),
-            return_lse=True,
-        )[:2]
-    answer = out.transpose(1, 2), lse
+    answer = attend(query, key, value, lists, scale, blocks, is_causal=upper is not None)
     sizes = (query.shape[1], key.shape[1], indices.shape[1], query.shape[3])
     kind = (query.device, query.dtype, *sizes, *blocks, upper is None)
     with _lock:
@@ -207,6 +191,36 @@ def launch(
         with _lock:
             _proved.add(kind)
     return answer
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    lists: BlockLists,
+    scale: float,
+    blocks: tuple[int, int],
+    *,
+    is_causal: bool,
+) -> tuple[Tensor, Tensor]:
+    """Call the package on lists that are split already; results as of :func:`launch`, unproved."""
+    package = _package()
+    tokens_first = (part.transpose(1, 2) for part in (query, key, value))
+    with torch.no_grad():
+        out, lse = package.attend(
+            *tokens_first,
+            softmax_scale=scale,
+            mask_mod=package.causal if is_causal else None,
+            block_sparse_tensors=package.lists(
+                mask_block_cnt=lists.masked_counts,
+                mask_block_idx=lists.masked,
+                full_block_cnt=lists.full_counts,
+                full_block_idx=lists.full,
+                block_size=blocks,
+            ),
+            return_lse=True,
+        )[:2]
+    return out.transpose(1, 2), lse
 
 
 def _prove(answer: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
