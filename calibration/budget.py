@@ -183,7 +183,7 @@ class CurveRecorder:
         for kind, (ranked, grid) in grids.items():
             for first, selection in selections_at(gate, inputs, ranked, grid):
                 count = selection.counts.shape[1] // gate.selection_heads
-                totals = selection_totals(selection, captured_by.repeat(1, count, 1, 1))
+                totals = selection_totals(selection, _repeated(captured_by, count))
                 kept, captured = (part.unflatten(0, (count, -1)) for part in totals)
                 sums.add(kind, first, kept, captured)
                 if kind == "gate" and self.measure_errors:
@@ -254,7 +254,12 @@ def selections_at(
     for first in range(0, len(budgets), at_once):
         part = torch.tensor(budgets[first : first + at_once], dtype=torch.float64)
         budget = part.repeat_interleave(scores.shape[1]).to(scores.device)
-        yield first, gate.select_from(scores.repeat(1, len(part), 1, 1), inputs, budget)
+        yield first, gate.select_from(_repeated(scores, len(part)), inputs, budget)
+
+
+def _repeated(scores: Tensor, count: int) -> Tensor:
+    """Return heads several times over; a long sequence's, taken once, are not copied."""
+    return scores if count == 1 else scores.repeat(1, count, 1, 1)
 
 
 def _one_of(selection: BlockSelection, place: int, count: int) -> BlockSelection:
