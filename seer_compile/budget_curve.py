@@ -15,6 +15,15 @@ from typing import Any
 import numpy as np
 
 from seer_compile.errors import NotConvergedError, RangeError, SeerInputError
+from seer_compile.plain_data import (
+    PlainData,
+    Row,
+    Table,
+    lengths_of,
+    reading,
+    row_of,
+    table_of,
+)
 
 # A mass of exactly 1 has no finite log odds; this is where it is drawn.
 _LEAST_REST = 1e-14
@@ -22,24 +31,23 @@ _LEAST_DENSITY = 1e-6
 _LEAST_RESOLVED_REST = 2e-12
 # Between neighbouring budgets, in mass or relative error.
 _JUMP = 0.05
-_Row = tuple[float, ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class BudgetCurve:
+class BudgetCurve(PlainData):
     """Density and captured mass of one site against the selector's budget, per sequence length."""
 
     selector: str
     """Name of the selector that the budgets belong to."""
     lengths: tuple[int, ...]
     """Key tokens of the measured sequences, ascending."""
-    budgets: _Row
+    budgets: Row
     """P numbers handed to the selector, in the order of rising density."""
-    densities: tuple[_Row, ...]
+    densities: Table
     """L x P: kept blocks / visible blocks."""
-    captured_mass: tuple[_Row, ...]
+    captured_mass: Table
     """L x P: share of the dense attention probability inside the selection, mean over rows."""
-    errors: tuple[_Row, ...] | None = None
+    errors: Table | None = None
     """L x P: relative L2 error of the site's output; None when it was not measured."""
 
     def __post_init__(self) -> None:
@@ -150,10 +158,6 @@ class BudgetCurve:
         known = np.maximum.accumulate(self.row("densities", length))
         return float(np.interp(density, known, self.row("captured_mass", length)))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data for a file."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> BudgetCurve:
         """Rebuild a curve from :meth:`to_json`.
@@ -161,18 +165,16 @@ class BudgetCurve:
         Raises:
             SeerInputError: The data is not a curve.
         """
-        try:
+        with reading("a budget curve"):
             errors = data.get("errors")
             return cls(
                 selector=str(data["selector"]),
-                lengths=tuple(int(length) for length in data["lengths"]),
-                budgets=_row(data["budgets"]),
-                densities=_table(data["densities"]),
-                captured_mass=_table(data["captured_mass"]),
-                errors=None if errors is None else _table(errors),
+                lengths=lengths_of(data["lengths"]),
+                budgets=row_of(data["budgets"]),
+                densities=table_of(data["densities"]),
+                captured_mass=table_of(data["captured_mass"]),
+                errors=None if errors is None else table_of(errors),
             )
-        except (KeyError, TypeError, ValueError) as cause:
-            raise SeerInputError(f"not a budget curve: {cause}") from cause
 
     def axis(self) -> np.ndarray:
         """Return ``Float64[P]``: the budgets in coordinates in which density is nearly straight."""
@@ -214,11 +216,3 @@ def check_fraction(argument: str, value: float) -> None:
     """Raise unless a value is a number in (0, 1]."""
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 < value <= 1:
         raise RangeError(argument=argument, got=value, expected="a number in (0, 1]")
-
-
-def _row(values: Sequence[Any]) -> _Row:
-    return tuple(float(value) for value in values)
-
-
-def _table(rows: Sequence[Sequence[Any]]) -> tuple[_Row, ...]:
-    return tuple(_row(row) for row in rows)

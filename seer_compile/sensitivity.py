@@ -15,14 +15,14 @@ from typing import Any
 import numpy as np
 
 from seer_compile.errors import SeerInputError
+from seer_compile.plain_data import PlainData, Table, lengths_of, reading, table_of
 
 # Below this, divergences are rounding: their logarithm flattens out, and 0 stays 0.
 _LEAST_DIVERGENCE = 1e-9
-_Table = tuple[tuple[float, ...], ...]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class SensitivityCurve:
+class SensitivityCurve(PlainData):
     """Divergence of the model's output against the density of one site, per sequence length.
 
     Every other site is dense. At density 1 the divergence is 0 and is not stored.
@@ -30,9 +30,9 @@ class SensitivityCurve:
 
     lengths: tuple[int, ...]
     """Key tokens of the measured sequences, ascending."""
-    densities: _Table
+    densities: Table
     """L x D: kept blocks / visible blocks, ascending."""
-    divergences: _Table
+    divergences: Table
     """L x D: of the model's output from the dense one; see
     :func:`seer_compile.calibration.sensitivity.output_divergence`."""
 
@@ -69,10 +69,6 @@ class SensitivityCurve:
         firsts = [row[0] for row in self.densities]
         return float(np.interp(math.log2(max(length, 1)), places, firsts))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data for a file."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> SensitivityCurve:
         """Rebuild a curve from :meth:`to_json`.
@@ -80,20 +76,14 @@ class SensitivityCurve:
         Raises:
             SeerInputError: The data is not a curve.
         """
-        try:
+        with reading("a sensitivity curve"):
             return cls(
-                lengths=tuple(int(length) for length in data["lengths"]),
-                densities=_table(data["densities"]),
-                divergences=_table(data["divergences"]),
+                lengths=lengths_of(data["lengths"]),
+                densities=table_of(data["densities"]),
+                divergences=table_of(data["divergences"]),
             )
-        except (KeyError, TypeError, ValueError) as cause:
-            raise SeerInputError(f"not a sensitivity curve: {cause}") from cause
 
     def _log_points(self, place: int) -> tuple[np.ndarray, np.ndarray]:
         densities = np.asarray((*self.densities[place], 1.0))
         divergences = np.asarray((*self.divergences[place], 0.0))
         return np.log(np.maximum(densities, 1e-6)), np.log1p(divergences / _LEAST_DIVERGENCE)
-
-
-def _table(rows: Sequence[Sequence[Any]]) -> _Table:
-    return tuple(tuple(float(value) for value in row) for row in rows)

@@ -13,19 +13,28 @@ from typing import Any
 import numpy as np
 
 from seer_compile.errors import SeerInputError
+from seer_compile.plain_data import (
+    PlainData,
+    Row,
+    Table,
+    lengths_of,
+    reading,
+    row_of,
+    table_of,
+)
 
 _LEAST_DENSITY = 1e-6
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class ShareTable:
+class ShareTable(PlainData):
     """The density of one site against the mean over all sites, per sequence length."""
 
     lengths: tuple[int, ...]
     """Key tokens, ascending."""
-    asked: tuple[float, ...]
+    asked: Row
     """D mean densities, ascending."""
-    shares: tuple[tuple[float, ...], ...]
+    shares: Table
     """L x D: kept / visible blocks of this site."""
 
     def __post_init__(self) -> None:
@@ -56,10 +65,6 @@ class ShareTable:
         places = np.log2(np.asarray(self.lengths, dtype=np.float64))
         return float(math.exp(np.interp(math.log2(max(length, 1)), places, rows)))
 
-    def to_json(self) -> dict[str, Any]:
-        """Return plain data for a file."""
-        return {name: getattr(self, name) for name in self.__slots__}
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> ShareTable:
         """Rebuild a table from :meth:`to_json`.
@@ -67,11 +72,9 @@ class ShareTable:
         Raises:
             SeerInputError: The data is not a table.
         """
-        try:
+        with reading("a table of shares"):
             return cls(
-                lengths=tuple(int(length) for length in data["lengths"]),
-                asked=tuple(float(density) for density in data["asked"]),
-                shares=tuple(tuple(float(share) for share in row) for row in data["shares"]),
+                lengths=lengths_of(data["lengths"]),
+                asked=row_of(data["asked"]),
+                shares=table_of(data["shares"]),
             )
-        except (KeyError, TypeError, ValueError) as cause:
-            raise SeerInputError(f"not a table of shares: {cause}") from cause
