@@ -113,9 +113,9 @@ def _hopper_attention(
         gl.warp_specialize(
             [
                 (consume, (
-                    rings, item_smem, meeting, turn, plan, work, items, results, band,
+                    rings, item_smem, meeting, turn, plan, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
-                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
+                    TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
                     QUERY_IN_REGISTERS, 0,
                 )),
                 (produce, (
@@ -130,15 +130,15 @@ def _hopper_attention(
         gl.warp_specialize(
             [
                 (consume, (
-                    rings, item_smem, meeting, turn, plan, work, items, results, band,
+                    rings, item_smem, meeting, turn, plan, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
-                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
+                    TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
                     QUERY_IN_REGISTERS, 0,
                 )),
                 (consume, (
-                    rings, item_smem, meeting, turn, plan, work, items, results, band,
+                    rings, item_smem, meeting, turn, plan, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
-                    PER_SELECTION, BLOCK_Q, TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
+                    TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
                     QUERY_IN_REGISTERS, 1,
                 )),
                 (produce, (
