@@ -25,7 +25,7 @@ from seer_compile.kernels.checks import (
     check_tensor,
     check_visibility,
 )
-from seer_compile.kernels.contracts import DEVICES, NAMESPACE, visibility_of
+from seer_compile.kernels.contracts import DEVICES, NAMESPACE
 from seer_compile.kernels.gated_attention import empty_token_major
 from seer_compile.kernels.sinks import check_sinks, sinks_gradient
 from seer_compile.types import BlockSelection, Visibility
@@ -94,7 +94,7 @@ def _check(
     check_blocks(query_block, key_block)
     selection = BlockSelection(indices, counts)
     check_selection(selection, query, query_block=query_block, kv_heads=key.shape[1])
-    visibility = visibility_of(*readable)
+    visibility = Visibility.from_arguments(*readable)
     lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
     check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)
     return visibility

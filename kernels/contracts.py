@@ -30,7 +30,7 @@ from seer_compile.kernels.checks import (
     check_visibility,
 )
 from seer_compile.kernels.geometry import Grid
-from seer_compile.types import VISIBILITY_ARGUMENTS, Visibility
+from seer_compile.types import Visibility
 
 NAMESPACE = "seer_compile"
 DEVICES = ("cpu", "cuda")
@@ -146,7 +146,9 @@ def block_scores(
     key_documents: Tensor | None = None,
 ) -> Tensor:
     """Both devices."""
-    visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
+    visibility = Visibility.from_arguments(
+        upper, lower, offset, key_padding, query_documents, key_documents
+    )
     grid = Grid(q_len, k_len, query_block, key_block)
     sub_blocks = (query_sub_block, key_sub_block)
     _check_scores(query_features, key_features, scale, sub_blocks, grid, groups, visibility)
@@ -228,7 +230,9 @@ def select_blocks(
     key_documents: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Both devices."""
-    visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
+    visibility = Visibility.from_arguments(
+        upper, lower, offset, key_padding, query_documents, key_documents
+    )
     grid = Grid(q_len, k_len, query_block, key_block)
     _check_select(scores, budget, selector, grid, visibility)
     return by_device.select_blocks(scores, budget, selector, grid, visibility)
@@ -294,7 +298,9 @@ def attention_mass(
     softcap: float | None = None,
 ) -> Tensor:
     """Both devices."""
-    visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
+    visibility = Visibility.from_arguments(
+        upper, lower, offset, key_padding, query_documents, key_documents
+    )
     units = (query_unit, key_unit, query_reduce, key_reduce)
     _check_mass(query, key, scale, *units, visibility, softcap)
     return by_device.attention_mass(query, key, scale, *units, visibility, softcap)
@@ -335,8 +341,3 @@ def _check_mass(
     check_choice("key_reduce", key_reduce, ("sum", "max"))
     lengths = {"q_len": query.shape[2], "k_len": key.shape[2]}
     check_visibility(visibility, batch=query.shape[0], device=query.device, **lengths)
-
-
-def visibility_of(*readable: Any) -> Visibility:
-    """Return the visibility of the last arguments; the dispatcher leaves out trailing defaults."""
-    return Visibility(**dict(zip(VISIBILITY_ARGUMENTS, readable, strict=False)))

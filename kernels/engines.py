@@ -26,7 +26,7 @@ from seer_compile.kernels import flash_attention_4
 from seer_compile.kernels.checks import check_choice
 from seer_compile.kernels.counters import Tally
 from seer_compile.kernels.geometry import Grid
-from seer_compile.types import VISIBILITY_ARGUMENTS, Visibility
+from seer_compile.types import Visibility
 
 _NO_GLUON = "this Triton lacks what the engine is written in"
 
@@ -97,7 +97,7 @@ def forward(
     if _chosen.get() != flash_attention_4.NAME:
         return answer_by_default()
     indices, counts, scale, query_block, key_block = rest[:5]
-    visibility = Visibility(**dict(zip(VISIBILITY_ARGUMENTS, rest[5:], strict=False)))
+    visibility = Visibility.from_arguments(*rest[5:])
     tensors, blocks = (query, key, value), (query_block, key_block)
     reason = flash_attention_4.obstacle(*tensors, scale, blocks, visibility, softcap)
     if reason is not None:

@@ -35,7 +35,7 @@ from seer_compile.kernels.checks import (
     check_tensor,
     check_visibility,
 )
-from seer_compile.kernels.contracts import NAMESPACE, visibility_of
+from seer_compile.kernels.contracts import NAMESPACE
 from seer_compile.kernels.gated_attention import GateArguments, selection_heads
 from seer_compile.kernels.sinks import check_sinks
 from seer_compile.types import SHARINGS, Visibility
@@ -88,7 +88,9 @@ def gated(
         budget_lengths,
         site,
     )
-    visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
+    visibility = Visibility.from_arguments(
+        upper, lower, offset, key_padding, query_documents, key_documents
+    )
     _check_gated(query, key, value, gate, visibility, softcap, sinks)
     return gated_attention.forward(query, key, value, gate, visibility, softcap, sinks)
 
@@ -150,7 +152,9 @@ def gated_backward(
         budget_lengths,
         site,
     )
-    visibility = visibility_of(upper, lower, offset, key_padding, query_documents, key_documents)
+    visibility = Visibility.from_arguments(
+        upper, lower, offset, key_padding, query_documents, key_documents
+    )
     _check_gated(query, key, value, gate, visibility, softcap, sinks)
     check_results(query, value, grad_out=grad_out, out=out, lse=lse)
     operands = (query, key, value, out, lse, gate, visibility, softcap)

@@ -79,6 +79,14 @@ class Visibility:
     key_documents: Any = None
     """``Int[b k]`` or None."""
 
+    @classmethod
+    def from_arguments(cls, *arguments: Any) -> Visibility:
+        """Return the visibility of an operator's last arguments, of which trailing ones may lack.
+
+        The dispatcher leaves out what is at its default.
+        """
+        return cls(**dict(zip(VISIBILITY_ARGUMENTS, arguments, strict=False)))
+
     def as_arguments(self) -> dict[str, Any]:
         """Return the fields under the argument names that every operator uses for them."""
         return {name: getattr(self, name) for name in VISIBILITY_ARGUMENTS}
