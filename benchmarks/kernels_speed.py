@@ -114,6 +114,23 @@ def check_forward(
         assert error < 1e-2, f"head {head} block {block}: relative error {error}"
 
 
+def checked(
+    bench: Bench,
+    run: Callable[[], tuple[Tensor, Tensor]],
+    selection: tuple[Tensor, Tensor],
+    blocks: tuple[int, int],
+) -> Row:
+    """Time sparse attention whose rows are right; else return the error."""
+    heads, dim = bench.query.shape[1], bench.query.shape[3]
+    _, counts = selection
+    try:
+        check_forward(bench, run()[0], *selection, *blocks)
+        kept = float(counts.double().sum()) * heads / counts.shape[1]
+        return timed(run, 4 * dim * blocks[0] * blocks[1] * kept)
+    except Exception as error:
+        return {"error": f"{type(error).__name__}: {str(error)[:80]}"}
+
+
 def dense(bench: Bench, backend: SDPBackend) -> Callable[[], Tensor]:
     """Return dense causal attention by one backend."""
 
@@ -128,7 +145,7 @@ def dense(bench: Bench, backend: SDPBackend) -> Callable[[], Tensor]:
 
 def sparse_peer(bench: Bench, density: float) -> Row:
     """Time FlashAttention-4 on blocks of 128 x 128, its lists split beforehand."""
-    heads, kv_heads, dim = bench.query.shape[1], bench.key.shape[1], bench.query.shape[3]
+    heads, kv_heads = bench.query.shape[1], bench.key.shape[1]
     blocks = (128, 128)
     label = {"what": "FlashAttention-4", "density": density, "blocks": [*blocks], **bench.shape}
     indices, counts = bench.select(density, *blocks, kv_heads)
@@ -138,12 +155,7 @@ def sparse_peer(bench: Bench, density: float) -> Row:
     def run() -> tuple[Tensor, Tensor]:
         return flash_attention_4.attend(*tensors, is_causal=True)
 
-    try:
-        check_forward(bench, run()[0], indices, counts, *blocks)
-        kept = float(counts.double().sum()) * heads / kv_heads
-        return {**label, **timed(run, 4 * dim * blocks[0] * blocks[1] * kept)}
-    except Exception as error:
-        return {**label, "error": f"{type(error).__name__}: {str(error)[:80]}"}
+    return {**label, **checked(bench, run, (indices, counts), blocks)}
 
 
 def peers(bench: Bench) -> Iterator[Row]:
@@ -166,7 +178,7 @@ def peers(bench: Bench) -> Iterator[Row]:
 
 def forward_row(bench: Bench, density: float, variant: Row) -> Row:
     """Time the forward with one density and variant (blocks, selections, tiling)."""
-    heads, dim = bench.query.shape[1], bench.query.shape[3]
+    heads = bench.query.shape[1]
     query_block, key_block = variant.get("blocks", (64, 64))
     selections = variant.get("selections", heads)
     label = {
@@ -181,12 +193,7 @@ def forward_row(bench: Bench, density: float, variant: Row) -> Row:
             *tensors, query_block, key_block, upper=0, tiling=variant.get("tiling")
         )
 
-    try:
-        check_forward(bench, run()[0], indices, counts, query_block, key_block)
-        kept = float(counts.double().sum()) * heads / selections
-        return {**label, **timed(run, 4 * dim * query_block * key_block * kept)}
-    except Exception as error:
-        return {**label, "error": f"{type(error).__name__}: {str(error)[:80]}"}
+    return {**label, **checked(bench, run, (indices, counts), (query_block, key_block))}
 
 
 def forward_rows(bench: Bench, densities: tuple[float, ...], variants: list[Row]) -> Iterator[Row]:
