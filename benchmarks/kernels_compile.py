@@ -190,6 +190,13 @@ def pool_features(dtype, dim, size, kinds, groups):
     launch(tokens, weight, size, kinds, None, groups)
 
 
+def pool_resident(dtype, dim, size):
+    from seer_compile.kernels.triton.pool_resident import launch
+
+    tokens = torch.zeros(1, 2, 65536, dim, dtype=dtype)
+    launch(tokens, torch.zeros(2, 3 * dim, 64), size, "mean,max,min")
+
+
 def block_scores(dtype, dim, sub_blocks, block, groups):
     from seer_compile.kernels.triton.block_scores import launch
 
@@ -258,6 +265,7 @@ CASES = {
         pool_features,
         [(_BF16, 128, 2, "mean", 4), (_BF16, 128, 4, "mean,max,min", 1)],
     ),
+    "pool_resident": (pool_resident, [(_BF16, 128, 4), (_BF16, 64, 4)]),
     "block_scores": (
         block_scores,
         [

@@ -8,7 +8,8 @@ Pooled vectors never reach memory.
 Numerics: those of ``pool_blocks`` followed by :func:`~seer_compile.kernels.scoring.project` on
 16-bit inputs: means are summed in float32, pooled values and weights are rounded to the dtype of
 the tokens, products accumulate in float32, features are rounded once. Tokens that do not count are
-not read. Means alone, of several heads, are left to :mod:`pool_means`.
+not read. Means alone, of several heads, are left to :mod:`pool_means`, and many tokens of single
+heads, pooled in every way, to :mod:`pool_resident`.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import triton.language as tl
 from torch import Tensor
 
 from seer_compile.errors import DtypeError
-from seer_compile.kernels.triton import pool_means
+from seer_compile.kernels.triton import pool_means, pool_resident
+from seer_compile.kernels.triton.pool_steps import pool_chunk
 from seer_compile.kernels.triton.primitives import (
     as_bytes,
     ceil_div,
@@ -28,69 +30,6 @@ from seer_compile.kernels.triton.primitives import (
     padded_dim,
 )
 from seer_compile.kernels.triton.tuning import PoolTiling, pool_tiling
-
-
-@triton.jit
-def _pool_chunk(
-    base_ptr,
-    padding_ptr,
-    sub_blocks,
-    columns,
-    token_strides,
-    num_tokens,
-    DIM: tl.constexpr,
-    SIZE: tl.constexpr,
-    UNROLL: tl.constexpr,
-    MEAN: tl.constexpr,
-    MAXIMUM: tl.constexpr,
-    MINIMUM: tl.constexpr,
-    IS_WHOLE: tl.constexpr,
-):
-    """Return mean, maximum and minimum of a chunk of columns; kinds not wanted stay as they began.
-
-    ``IS_WHOLE`` says that every token of the tile exists and counts.
-    """
-    TILE: tl.constexpr = sub_blocks.shape[0]
-    CHUNK: tl.constexpr = columns.shape[0]
-    dtype: tl.constexpr = base_ptr.dtype.element_ty
-    total = tl.zeros([TILE, CHUNK], tl.float32)
-    highest = tl.full([TILE, CHUNK], float("-inf"), tl.float32)
-    lowest = tl.full([TILE, CHUNK], float("inf"), tl.float32)
-    count = tl.zeros([TILE], tl.int32)
-    first = sub_blocks * SIZE
-    first_pointers = base_ptr + first[:, None].to(tl.int64) * token_strides[2]
-    first_pointers += columns[None, :] * token_strides[3]
-    for start in range(0, SIZE, UNROLL):
-        for step in tl.static_range(UNROLL):
-            positions = first + (start + step)
-            pointers = first_pointers + tl.cast(start + step, tl.int64) * token_strides[2]
-            if IS_WHOLE:
-                if DIM % CHUNK == 0:
-                    token = tl.load(pointers).to(tl.float32)
-                else:
-                    mask = (columns < DIM)[None, :]
-                    token = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                highest = tl.maximum(highest, token)
-                lowest = tl.minimum(lowest, token)
-            else:
-                is_token = positions < num_tokens
-                if padding_ptr is not None:
-                    flags = tl.load(padding_ptr + positions, mask=is_token, other=0)
-                    is_token = is_token & (flags != 0)
-                mask = is_token[:, None] & (columns < DIM)[None, :]
-                token = tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
-                highest = tl.where(is_token[:, None], tl.maximum(highest, token), highest)
-                lowest = tl.where(is_token[:, None], tl.minimum(lowest, token), lowest)
-                count += is_token.to(tl.int32)
-            total += token
-    if not IS_WHOLE:
-        is_empty = (count == 0)[:, None]
-        highest = tl.where(is_empty, 0.0, highest)
-        lowest = tl.where(is_empty, 0.0, lowest)
-        mean = total / tl.maximum(count, 1).to(tl.float32)[:, None]
-    else:
-        mean = total / SIZE
-    return mean.to(dtype), highest.to(dtype), lowest.to(dtype)
 
 
 @triton.jit
@@ -141,14 +80,14 @@ def _pool_features(
         for start in range(0, DIM, CHUNK):
             columns = start + tl.arange(0, CHUNK)
             if is_whole and padding_ptr is None:
-                mean, highest, lowest = _pool_chunk(
+                mean, highest, lowest = pool_chunk(
                     base_ptr, padding_ptr, sub_blocks, columns, token_strides, num_tokens,
-                    DIM, SIZE, UNROLL, MEAN, MAXIMUM, MINIMUM, IS_WHOLE=True,
+                    DIM, CHUNK, SIZE, UNROLL, IS_WHOLE=True,
                 )  # fmt: skip
             else:
-                mean, highest, lowest = _pool_chunk(
+                mean, highest, lowest = pool_chunk(
                     base_ptr, padding_ptr, sub_blocks, columns, token_strides, num_tokens,
-                    DIM, SIZE, UNROLL, MEAN, MAXIMUM, MINIMUM, IS_WHOLE=False,
+                    DIM, CHUNK, SIZE, UNROLL, IS_WHOLE=False,
                 )  # fmt: skip
             mask = (columns < DIM)[:, None] & is_output[None, :]
             pointers = head_weight_ptr + columns[:, None].to(tl.int64) * weight_strides[1]
@@ -199,6 +138,12 @@ def launch(
         raise DtypeError(argument="tokens", got=tokens.dtype, expected="float16 or bfloat16")
     if tiling is None and pool_means.takes(size, kinds, groups):
         return pool_means.launch(tokens, weight, size, padding, groups)
+    if (
+        tiling is None
+        and padding is None
+        and pool_resident.takes(tokens, weight, size, kinds, groups)
+    ):
+        return pool_resident.launch(tokens, weight, size, kinds)
     batch, heads, num_tokens, dim = tokens.shape
     heads //= groups
     gate_dim, num_sub_blocks = weight.shape[2], ceil_div(num_tokens, size)

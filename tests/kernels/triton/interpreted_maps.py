@@ -29,9 +29,11 @@ from seer_compile.kernels.triton import (
     block_scores,
     pool_blocks,
     pool_features,
+    pool_resident,
     tuning,
 )
 from seer_compile.types import Visibility
+from support.assertions import assert_no_worse_than_eager
 
 
 def small(op):
@@ -62,6 +64,24 @@ def test_features_of_a_group_are_the_sum_of_those_of_its_heads():
     )
     with pytest.raises(DtypeError, match="float16 or bfloat16"):
         pool_features.launch(tokens.float(), weight, *arguments)
+
+
+@pytest.mark.parametrize("kinds", ["mean,max,min", "min,mean,max"])
+@pytest.mark.parametrize(("dim", "gate_dim", "size"), [(32, 16, 4), (96, 64, 2), (128, 20, 8)])
+@pytest.mark.parametrize("rest", [0, 1, 37])
+def test_weights_that_stay_on_the_chip_give_the_features_of_pooling_tile_by_tile(
+    dim, gate_dim, size, rest, kinds, monkeypatch
+):
+    # Two heads of two items, two programs each: five tiles a head, the last one short.
+    monkeypatch.setattr(pool_resident, "multiprocessors", lambda device: 8)
+    tokens = Draw(0, 0).normal(2, 4 * 64 * size + rest, 2, dim).half().transpose(1, 2)
+    weight = Draw(0, 1).normal(2, 3 * dim, 2 * gate_dim)[:, :, :gate_dim] / 8
+    exact = reference.pool_features(tokens.double(), weight.double(), size, kinds, None, 1)
+    eager = reference.pool_features(tokens, weight.half(), size, kinds, None, 1)
+    actual = pool_resident.launch(tokens, weight, size, kinds)
+    assert_no_worse_than_eager(actual, eager, exact, name="features")
+    tiled = pool_features.launch(tokens, weight, size, kinds)
+    torch.testing.assert_close(actual, tiled, rtol=2**-10, atol=2**-12)
 
 
 @pytest.mark.parametrize(

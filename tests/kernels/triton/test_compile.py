@@ -42,6 +42,7 @@ def compiled(op, cache):
     [
         "pool_blocks",
         pytest.param("pool_features", marks=pytest.mark.slow),
+        pytest.param("pool_resident", marks=pytest.mark.slow),
         pytest.param("select_blocks", marks=pytest.mark.slow),
         pytest.param("block_scores", marks=pytest.mark.slow),
         pytest.param("attention_mass", marks=pytest.mark.slow),

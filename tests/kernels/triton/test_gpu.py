@@ -73,3 +73,23 @@ def test_the_operator_answers_by_the_engine_that_was_chosen():
     assert engines.answers() == {"portable": 1, "hopper": 1}
     # Each rounds its probabilities and its result to bfloat16, 2^-9 at most.
     torch.testing.assert_close(results["hopper"], results["portable"], rtol=2**-7, atol=2**-7)
+
+
+@pytest.mark.gpu
+def test_weights_that_stay_on_the_chip_give_the_features_of_pooling_tile_by_tile_on_the_gpu():
+    from seer_compile.kernels.triton import pool_features, pool_resident, tuning
+
+    for dim, length in ((128, 65_536), (128, 65_573), (64, 70_001)):
+        # What lies behind the last token must not be read.
+        memory = torch.full((1, length + 512, 8, dim), float("nan"), device="cuda").bfloat16()
+        tokens = memory[:, :length].normal_().transpose(1, 2)
+        weight = torch.randn(8, 3 * dim, 64, device="cuda") * dim**-0.5
+        arguments = (tokens, weight, 4, "mean,max,min")
+        if not pool_resident.takes(*arguments, groups=1):
+            pytest.skip("projections and tiles do not fit the shared memory of this GPU")
+        tiling = tuning.pool_tiling(-(-length // 4), 4)
+        by_tiles = pool_features.launch(*arguments, tiling=tiling)
+        resident = pool_features.launch(*arguments)
+        assert torch.equal(resident, pool_resident.launch(*arguments))
+        assert bool(resident.isfinite().all())
+        torch.testing.assert_close(resident, by_tiles, rtol=2**-7, atol=2**-9)
