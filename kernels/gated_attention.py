@@ -10,6 +10,7 @@ backward makes it again instead of keeping it.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -226,13 +227,21 @@ def budget_at(budget: Tensor, lengths: list[int], k_len: int) -> Tensor:
         lengths: Key lengths of the columns, ascending, in tokens.
         k_len: Key tokens; outside the lengths the nearest column counts.
     """
+    right, weight = _place(tuple(lengths), k_len)
+    if weight == 1:
+        return budget[:, right]
+    return torch.lerp(budget[:, right - 1], budget[:, right], weight)
+
+
+@functools.lru_cache(maxsize=1024)
+def _place(lengths: tuple[int, ...], k_len: int) -> tuple[int, float]:
+    """Return the column at or after a key length, and its share against the one before."""
     logs = [math.log2(length) for length in lengths]
     place = min(max(math.log2(max(k_len, 1)), logs[0]), logs[-1])
     right = next((i for i, log in enumerate(logs) if log >= place), len(logs) - 1)
     if right == 0:
-        return budget[:, 0]
-    weight = (place - logs[right - 1]) / (logs[right] - logs[right - 1])
-    return torch.lerp(budget[:, right - 1], budget[:, right], weight)
+        return 0, 1.0
+    return right, (place - logs[right - 1]) / (logs[right] - logs[right - 1])
 
 
 def _slabs(

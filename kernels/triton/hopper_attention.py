@@ -21,6 +21,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from seer_compile.kernels.triton.hopper_launch import (
     TILE_ROWS,
     describe,
+    is_hopper,
     make_barriers,
     make_ring,
     memory_obstacle,
@@ -173,7 +174,7 @@ def obstacle(
     """
     if softcap is not None:
         return "logits are soft-capped"
-    if query.device.type == "cuda" and torch.cuda.get_device_capability(query.device)[0] != 9:
+    if query.device.type == "cuda" and not is_hopper(query.device):
         return "the device is no Hopper GPU"
     reason = _shape_obstacle(query, key, value, indices, query_block, key_block)
     if reason is not None:

@@ -25,6 +25,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from seer_compile.kernels.triton.hopper_launch import (
     describe,
+    is_hopper,
     make_barriers,
     memory_obstacle,
     multiprocessors,
@@ -149,7 +150,7 @@ def obstacle(
         k_len: Key tokens.
         is_fine: Whether padding or documents may hide anything.
     """
-    if query_features.is_cuda and torch.cuda.get_device_capability(query_features.device)[0] != 9:
+    if query_features.is_cuda and not is_hopper(query_features.device):
         return "the device is no Hopper GPU"
     if is_fine:
         return "padding or documents"
