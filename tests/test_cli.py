@@ -10,8 +10,9 @@ import torch
 
 from seer_compile import cli, cli_commands
 from seer_compile.config import CalibrationConfig
-from seer_compile.console import write_json
+from seer_compile.console import evaluation_text, write_json
 from seer_compile.errors import SeerInputError
+from seer_compile.evaluate import EvaluationRow
 
 EVALUATE = "evaluate --model {model} --tokens {tokens} --device cpu"
 
@@ -222,6 +223,33 @@ def test_calibrate_saves_gates_that_evaluate_and_export_use(tiny, tmp_path):
     tokens = torch.arange(300)[None] % 256
     logits = loaded(input_ids=tokens, use_cache=False).logits
     assert logits.shape == (1, 300, 256)
+
+
+def test_an_evaluation_says_where_gates_keep_another_density_than_was_asked_for():
+    row = EvaluationRow(
+        method="gate",
+        length=32768,
+        asked_density=0.1,
+        density=0.059,
+        loss=1.0,
+        perplexity=2.7,
+        ratio=1.0,
+        retrieval=None,
+        attention_ms=1.0,
+        end_to_end_ms=2.0,
+        dense_end_to_end_ms=3.0,
+        sequences=1,
+        keys=0,
+        dense_calls={},
+    )
+    assert "density 0.1 was asked for and 0.059 kept" in evaluation_text([row])
+    for fine in (
+        dataclasses.replace(row, density=0.11),
+        # Others than gates have no budget that was measured; dense was asked for none.
+        dataclasses.replace(row, dense_end_to_end_ms=None),
+        dataclasses.replace(row, asked_density=None, density=1.0),
+    ):
+        assert "asked for" not in evaluation_text([fine])
 
 
 def test_interruption_ends_with_code_130(tiny, monkeypatch):
