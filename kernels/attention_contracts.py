@@ -1,9 +1,9 @@
 """Block-sparse attention as an operator: schema, fake, kernels and autograd, once each.
 
 ``ops`` is the typed front of it; ``gated_contracts`` holds the operator of a whole site, and
-``contracts`` those of the gate. Results of an attention lie as a contiguous ``b q h v`` under shape
-``b h q v``, as SDPA's fused kernels return them: graphs hold views that are legal in that order
-only. ``lse`` has no gradient; where there are sinks, they are in it.
+``contracts`` those of the gate. The answer of an attention lies like its query, as SDPA's fused
+kernels return it (see :mod:`seer_compile.result_layout`). ``lse`` has no gradient; where there are
+sinks, they are in it.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from seer_compile.kernels.checks import (
     check_visibility,
 )
 from seer_compile.kernels.contracts import DEVICES, NAMESPACE
-from seer_compile.kernels.gated_attention import empty_token_major
 from seer_compile.kernels.sinks import check_sinks, sinks_gradient
+from seer_compile.result_layout import empty_like_query
 from seer_compile.types import BlockSelection, Visibility
 
 
@@ -35,7 +35,7 @@ def fake_attention(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Return out and lse of an attention, unfilled."""
     batch, heads, q_len, _ = query.shape
     lse = query.new_empty((batch, heads, q_len), dtype=torch.float32)
-    return empty_token_major(query, value), lse
+    return empty_like_query(query, value), lse
 
 
 def fake_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:

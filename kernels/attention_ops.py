@@ -63,9 +63,10 @@ def block_sparse_attention(
             one more key would that every query reads; none when None.
 
     Returns:
-        ``Float[b h q v]``, lying as a contiguous ``b q h v``, and the log-sum-exp of every row,
-        the sink in it, ``Float32[b h q]``, which has no gradient. A row that reads nothing is 0
-        and its sink, or -inf.
+        ``Float[b h q v]``, dense, in the query's layout: contiguous where ``query.stride(1)``
+        exceeds ``query.stride(2)``, else a contiguous ``b q h v``. And the log-sum-exp of every
+        row, the sink in it, ``Float32[b h q]``, which has no gradient. A row that reads nothing is
+        0 and its sink, or -inf.
 
     Raises:
         SeerInputError: A malformed argument.
@@ -151,8 +152,9 @@ def gated_attention(
         sinks: ``Float[h]``; see there.
 
     Returns:
-        ``Float[b h q v]``, lying as a contiguous ``b q h v``, and ``Float32[b h q]``: the
-        log-sum-exp of the sparse path, the sink in it; without sinks undefined on the dense path.
+        ``Float[b h q v]``, lying as that of :func:`block_sparse_attention`, and
+        ``Float32[b h q]``: the log-sum-exp of the sparse path, the sink in it; without sinks
+        undefined on the dense path.
 
     Raises:
         SeerInputError: A malformed argument.

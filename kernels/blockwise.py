@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.kernels.block_rows import BlockRows, Step
+from seer_compile.result_layout import empty_like_query
 from seer_compile.types import Visibility
 
 LOG2_E = math.log2(math.e)
@@ -45,8 +46,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """Return ``out [b h q v]`` and ``lse [b h q]``; see ``ops.block_sparse_attention``."""
     dtype = torch.promote_types(query.dtype, torch.float32)
-    batch, heads, q_len, _ = query.shape
-    result = query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
+    result = empty_like_query(query, value)
     if result.numel() == 0 or key.shape[2] == 0:
         return result.zero_(), torch.full(query.shape[:3], -torch.inf, dtype=dtype)
     rows = BlockRows(

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.errors import EngineMismatchError, VersionUnsupportedError
+from seer_compile.result_layout import laid_like_query
 from seer_compile.types import Visibility
 
 NAME = "flash-attn-4"
@@ -220,7 +221,7 @@ def attend(
             ),
             return_lse=True,
         )[:2]
-    return out.transpose(1, 2), lse
+    return laid_like_query(out.transpose(1, 2), query), lse
 
 
 def _prove(answer: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:

@@ -22,6 +22,7 @@ from seer_compile.errors import RangeError
 from seer_compile.kernels import by_device, counters, every_block, observation
 from seer_compile.kernels.dense import dense_attention, dense_reason
 from seer_compile.kernels.geometry import Grid, visible_range
+from seer_compile.result_layout import empty_like_query, laid_like_query
 from seer_compile.types import SiteInputs, Visibility
 
 MODE_DENSE, MODE_AUTO, MODE_SPARSE, MODE_FULL_BUDGET = 0, 1, 2, 3
@@ -84,12 +85,12 @@ def forward(
     if reason is not None:
         # Nobody reads the log-sum-exp then: at short lengths filling it would show.
         out = dense_attention(query, key, value, scale=gate.scale, visibility=visibility)
-        return token_major(out), lse
+        return laid_like_query(out, query), lse
     key_features = _key_features(key, gate, visibility)
     slabs = list(_slabs(query, key, gate, visibility))
     if len(slabs) == 1:
         return _attend(query, key, value, key_features, gate, slabs[0], softcap, sinks)
-    out = empty_token_major(query, value)
+    out = empty_like_query(query, value)
     for slab in slabs:
         out[:, :, slab.rows], lse[:, :, slab.rows] = _attend(
             query, key, value, key_features, gate, slab, softcap, sinks
@@ -358,15 +359,3 @@ def _dense_backward(
             grad_out = torch.empty_like(out, requires_grad=False).copy_(grad_out)
         grads = torch.autograd.grad(out, leaves, grad_out)
     return tuple(grad.contiguous() for grad in grads)  # type: ignore[return-value]
-
-
-def empty_token_major(query: Tensor, value: Tensor) -> Tensor:
-    """Return an empty ``b h q v`` that lies as a contiguous ``b q h v``."""
-    batch, heads, q_len, _ = query.shape
-    return query.new_empty(batch, q_len, heads, value.shape[-1]).transpose(1, 2)
-
-
-def token_major(out: Tensor) -> Tensor:
-    """Return equal values that lie as a contiguous ``b q h v``; the tensor itself where it does."""
-    flat = out.transpose(1, 2)
-    return out if flat.is_contiguous() else flat.contiguous().transpose(1, 2)

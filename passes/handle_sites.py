@@ -51,7 +51,7 @@ class SiteCall(nn.Module):
     def forward(
         self, query: Tensor, key: Tensor, value: Tensor, sinks: Tensor | None, *visibility: Any
     ) -> Tensor:
-        """Return ``Float[b h q v]`` with the strides of an attention operator."""
+        """Return ``Float[b h q v]``, token major, whatever the handler chose: as traced."""
         inputs = SiteInputs(
             name=self.name,
             query=query,

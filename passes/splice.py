@@ -23,7 +23,7 @@ def splice(builder: NodeBuilder, site: AttentionSite, result: Node) -> Node:
     """Replace a site's output by ``result``, ``Float[b h q v]``.
 
     Views further down are legal for the strides that were traced, so the stride order of the
-    replaced node is kept, by a copy where the operator's own order differs.
+    replaced node is kept, by a copy where the operator's own order, that of its query, differs.
 
     Returns:
         The node that the former users of the output now read.

@@ -48,6 +48,7 @@ from seer_compile.kernels.triton.primitives import (
     token_visibility,
 )
 from seer_compile.kernels.triton.tuning import Tiling, forward_tiling, head_layout, shared_memory
+from seer_compile.result_layout import empty_like_query
 
 
 @triton.jit
@@ -320,8 +321,9 @@ def launch(
         tiling: Overrides the tuning table.
 
     Returns:
-        ``Float[b h q v]``, physically ``b q h v``, and ``Float32[b h q]``, the natural
-        log-sum-exp of each row. A row that reads nothing is 0 and -inf.
+        ``Float[b h q v]``, lying like the query (see :mod:`seer_compile.result_layout`), and
+        ``Float32[b h q]``, the natural log-sum-exp of each row. A row that reads nothing is 0 and
+        -inf.
 
     Cost:
         Four products of ``query_block x key_block x d`` per listed block, in multiply-adds two;
@@ -330,9 +332,7 @@ def launch(
     batch, heads, q_len, dim = query.shape
     kv_heads, k_len, value_dim = key.shape[1], key.shape[2], value.shape[3]
     layout = head_layout(heads, kv_heads, indices.shape[1])
-    out = torch.empty(
-        (batch, q_len, heads, value_dim), dtype=query.dtype, device=query.device
-    ).transpose(1, 2)
+    out = empty_like_query(query, value)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
     if out.numel() == 0 or k_len == 0:
         return out.zero_(), lse.fill_(float("-inf"))

@@ -37,6 +37,7 @@ from seer_compile.kernels.triton.primitives import (
     make_band,
 )
 from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper_tiling
+from seer_compile.result_layout import empty_like_query
 
 _DIMS = (64, 128, 256)
 _DTYPES = (torch.float16, torch.bfloat16)
@@ -228,7 +229,7 @@ def launch(
     batch, heads, q_len, dim = query.shape
     kv_heads, k_len = key.shape[1:3]
     layout = head_layout(heads, kv_heads, indices.shape[1])
-    out = query.new_empty((batch, q_len, heads, dim)).transpose(1, 2)
+    out = empty_like_query(query, value)
     lse = torch.empty((batch, heads, q_len), dtype=torch.float32, device=query.device)
     if out.numel() == 0 or k_len == 0:
         return out.zero_(), lse.fill_(float("-inf"))

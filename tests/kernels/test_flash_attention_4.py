@@ -133,6 +133,21 @@ def test_the_lists_say_what_the_selection_says(
     torch.testing.assert_close(lse.double(), gold_lse, rtol=1e-5, atol=1e-5)
 
 
+def test_the_answer_lies_like_the_query(package):
+    query, *rest, selection = inputs(256, 256)
+    for first in (query, query.contiguous()):
+        out, _ = flash_attention_4.launch(
+            first,
+            *rest,
+            *selection,
+            0.125,
+            (128, 128),
+            0,
+            lambda: by_default(query, *rest, selection),
+        )
+        assert out.stride() == first.stride()
+
+
 def test_a_block_needs_a_mask_where_some_query_may_not_read_some_key():
     indices = torch.arange(5, dtype=torch.int32).expand(1, 1, 4, 5).contiguous()
     counts = torch.tensor([5, 5, 3, 2], dtype=torch.int32).view(1, 1, 4)

@@ -170,7 +170,7 @@ def test_dense_modes_are_sdpa_to_the_bit(dtype, mode, reason):
     )
     assert_bitwise_equal(out, expected)
     assert lse.shape == out.shape[:3]
-    assert out.stride() == (100 * 4 * 32, 32, 4 * 32, 1)
+    assert out.is_contiguous()
     assert counters.snapshot() == {"site": {f"dense:{reason}": 1}}
 
 

@@ -145,8 +145,11 @@ def test_offset_on_the_device_is_never_read_by_the_host():
     torch.testing.assert_close(out, expected, rtol=2e-2, atol=2e-2)
 
 
-def test_operators_pass_opcheck_on_cuda():
-    inputs = attention_inputs(heads=4, kv_heads=2, q_len=200, head_dim=64, device=CUDA)
+@pytest.mark.parametrize("layout", ["contiguous", "tokens_first"])
+def test_operators_pass_opcheck_on_cuda(layout):
+    inputs = attention_inputs(
+        heads=4, kv_heads=2, q_len=200, head_dim=64, device=CUDA, layout=layout
+    )
     selection = random_selection(1, 4, 4, 4, density=0.6, min_per_row=1)
     selection = [tensor.to(CUDA) for tensor in selection]
     leaves = [tensor.requires_grad_() for tensor in inputs[:3]]

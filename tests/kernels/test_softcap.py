@@ -171,7 +171,7 @@ def test_dense_answer_of_a_soft_capped_site_is_exact(mode, visibility, has_sinks
 
     out, lse = gated(tensors, arguments, visibility, 3.0, sinks)
     torch.testing.assert_close(out, exactly(wide(tensors)).float(), rtol=1e-5, atol=1e-6)
-    assert out.stride() == (LENGTH * HEADS * 8, 8, HEADS * 8, 1)
+    assert out.is_contiguous()
     assert not has_sinks or lse.isfinite().all()
     grad = normal(*out.shape, seed=5)
     rest = (arguments, visibility, 3.0, sinks)

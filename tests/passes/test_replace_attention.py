@@ -113,17 +113,35 @@ def test_views_after_the_site_stay_legal(function):
     assert torch.allclose(captured.graph_module(x), expected, atol=1e-6)
 
 
-def test_stride_order_of_the_replaced_node_is_kept():
-    """``contiguous`` of a contiguous tensor leaves a bare view in the trace."""
+def token_major(x):
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
 
-    def function(q, k, v):
-        return (q @ k.mT).softmax(-1) @ v
 
-    captured, _, decided, _ = replaced(function, *qkv())
-    expected = stride_order(decided.sparse[0].site.output.meta["val"])
-    got = captured.graph_module(*qkv())
-    assert expected == (0, 1, 2, 3)
-    assert stride_order(got) == expected
+def written_out(q, k, v):
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(
+    ("function", "lay", "order", "copies"),
+    [
+        (sdpa_flag, torch.clone, (0, 1, 2, 3), 0),
+        (sdpa_flag, token_major, (0, 2, 1, 3), 0),
+        (written_out, torch.clone, (0, 1, 2, 3), 0),
+        (written_out, token_major, (0, 1, 2, 3), 1),
+    ],
+)
+def test_stride_order_of_the_replaced_node_is_kept(function, lay, order, copies, dynamic):
+    """``contiguous`` of a contiguous tensor leaves a bare view in the trace.
+
+    The operator answers in the order of its query, so a copy restores the traced one only where
+    the former attention answered otherwise.
+    """
+    q, k, v = qkv()
+    captured, _, decided, _ = replaced(function, lay(q), k, v, dynamic=dynamic)
+    assert stride_order(decided.sparse[0].site.output.meta["val"]) == order
+    assert stride_order(captured.graph_module(lay(q), k, v)) == order
+    assert_ops(captured.graph_module, {SPARSE: 1, aten.clone.default: copies})
 
 
 def test_splice_refuses_another_shape_or_dtype():

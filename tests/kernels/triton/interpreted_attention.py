@@ -208,10 +208,15 @@ def test_heads_that_share_a_selection_get_what_they_get_alone():
     assert torch.equal(together, apart)
 
 
-def test_output_is_laid_out_tokens_before_heads():
+def test_output_lies_like_the_query():
     query, key, value = inputs(heads=2)
-    out, _ = attend(query, key, value, *full_selection(40, 40, heads=2))
-    assert out.transpose(1, 2).is_contiguous()
+    selection = full_selection(40, 40, heads=2)
+    heads_first, _ = attend(query, key, value, *selection)
+    assert heads_first.is_contiguous()
+    query = query.transpose(1, 2).contiguous().transpose(1, 2)
+    token_major, _ = attend(query, key, value, *selection)
+    assert token_major.transpose(1, 2).is_contiguous()
+    assert torch.equal(heads_first, token_major)
 
 
 def test_what_kernels_cannot_do_is_refused_by_name():
