@@ -1,0 +1,118 @@
+"""At which clock and power does attention run for as long as it takes, and what does it reach then?
+
+    python benchmarks/power.py --out benchmarks/results/power.jsonl
+
+A GPU that draws all the power it may turns its clock down, and the same kernel then takes longer
+than in the first tenth of a second. Dense attention by cuDNN and block-sparse attention at 10 % run
+for some seconds each; clock and power are medians of the second half. ``tflops_per_ghz`` is what is
+left to the kernel. Sparse rows are compared with float32 first.
+"""
+
+# ruff: noqa: E402
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
+
+import torch
+from kernels_speed import Bench, check_forward
+from measuring import BACKENDS, Call, Row, add_common_options, context, table, write_rows
+
+from seer_compile.kernels import engines
+
+LENGTH = 32768
+DENSITY = 0.1
+COLUMNS = ("what", "dim", "first_ms", "ms", "tflops", "sm_mhz", "watts", "tflops_per_ghz")
+QUERY = ("nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits")
+
+
+def sustained(call: Call, seconds: float) -> Row:
+    """Return milliseconds per call at first and later on, and clock and power of then."""
+    first = elapsed_ms(call, 8) / 8
+    calls = max(1, int(seconds / 2 * 1e3 / first))
+    samples: list[tuple[float, float]] = []
+    is_over = threading.Event()
+    sampler = threading.Thread(target=sample, args=(samples, is_over))
+    elapsed_ms(call, calls)
+    sampler.start()
+    later = elapsed_ms(call, calls) / calls
+    is_over.set()
+    sampler.join()
+    # The last one may have come after the last call.
+    mhz, watts = (statistics.median(column) for column in zip(*samples[:-1], strict=True))
+    return {"first_ms": first, "ms": later, "sm_mhz": mhz, "watts": watts}
+
+
+def sample(samples: list[tuple[float, float]], is_over: threading.Event) -> None:
+    """Append clock and power until told to stop."""
+    while not is_over.is_set():
+        line = subprocess.run(QUERY, capture_output=True, text=True, check=True).stdout
+        mhz, watts = line.splitlines()[0].split(",")
+        samples.append((float(mhz), float(watts)))
+
+
+def elapsed_ms(call: Call, calls: int) -> float:
+    """Return the milliseconds between the first and the last of some calls."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    begin.record()
+    for _ in range(calls):
+        call()
+    end.record()
+    end.synchronize()
+    return begin.elapsed_time(end)
+
+
+def cases(dims: tuple[int, ...]) -> Iterator[tuple[Row, Call, float]]:
+    """Yield what is run, the call, and its floating-point operations."""
+    for dim in dims:
+        bench = Bench(LENGTH, dim)
+        tensors = (bench.query, bench.key, bench.value)
+        heads = bench.query.shape[1]
+        yield (
+            {"what": "dense by cuDNN", "dim": dim},
+            lambda tensors=tensors, scale=bench.scale: BACKENDS["cudnn"](*tensors, scale),
+            2 * dim * heads * LENGTH**2,
+        )
+        indices, counts = bench.select(DENSITY, 64, 64, bench.key.shape[1])
+        arguments = (*tensors, indices, counts, bench.scale, 64, 64, 0)
+
+        def sparse(arguments: tuple = arguments) -> torch.Tensor:
+            return engines.forward(*arguments)[0]
+
+        check_forward(bench, sparse(), indices, counts, 64, 64)
+        kept = float(counts.double().sum()) * heads / counts.shape[1]
+        row = {"what": "block-sparse, one selection per group", "dim": dim, "density": DENSITY}
+        yield row, sparse, 4 * dim * 64 * 64 * kept
+
+
+def main() -> None:
+    """Run every case, print a table, and write rows."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seconds", type=float, default=3.0, help="per case")
+    parser.add_argument("--dims", type=int, nargs="+", default=[128, 64])
+    add_common_options(parser)
+    options = parser.parse_args()
+    if options.device != "cuda":
+        raise SystemExit("power is read from an NVIDIA GPU")
+    rows = []
+    for about, call, work in cases(tuple(options.dims)):
+        for _ in range(3):
+            call()
+        row = {"figure": "power", **about, "length": LENGTH, **sustained(call, options.seconds)}
+        row["tflops"] = work / row["ms"] / 1e9
+        row["tflops_per_ghz"] = row["tflops"] / row["sm_mhz"] * 1e3
+        rows.append(row)
+        print(table(rows, COLUMNS), flush=True)
+    write_rows(options.out, rows, context(options, "power.py"))
+
+
+if __name__ == "__main__":
+    main()
