@@ -19,7 +19,7 @@ import math
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -243,14 +243,12 @@ def write_entry(text: str, dictionary: str, key: str, entry: str) -> str:
     return text[: head.end()] + line + text[head.end() :]
 
 
-def measure_sparse(device: torch.device) -> list[Row]:
+def measure_sparse(device: torch.device) -> Iterator[Row]:
     """Time both paths for every shape and length."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    return [
-        {**measure(shape, length, device, dtype), "density": DENSITY}
-        for shape in SHAPES[device.type]
-        for length in LENGTHS[device.type]
-    ]
+    for shape in SHAPES[device.type]:
+        for length in LENGTHS[device.type]:
+            yield {**measure(shape, length, device, dtype), "density": DENSITY}
 
 
 def main() -> None:
@@ -261,21 +259,21 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device(options.device, 0) if options.device == "cuda" else torch.device("cpu")
     key, text, begun = device_class(device), TABLE.read_text(), time.perf_counter()
+    common = context(options, "break_even.py")
     backends: list[Row] = []
     with torch.no_grad():
         if device.type == "cuda":
-            backends = [
+            measured = (
                 measure_backends(head_dim, length, device)
                 for head_dim in HEAD_DIMS
                 for length in BACKEND_LENGTHS
-            ]
+            )
+            backends = write_rows(options.out, measured, {"figure": "dense backends", **common})
         rules = rules_of(backends, key)
         # What is dense below is dense by these rules.
         DENSE.update(rules)
-        records = measure_sparse(device)
-    common = context(options, "break_even.py")
-    write_rows(options.out, backends, {"figure": "dense backends", **common})
-    write_rows(options.out, records, {"figure": "break-even", **common})
+        about = {"figure": "break-even", **common}
+        records = write_rows(options.out, measure_sparse(device), about)
     columns = ["head_dim", "length", "sdpa", "flash_ms", "cudnn_ms", "plan_ms", "difference"]
     print(table(backends, columns))
     print(table(records, ["heads", "kv_heads", "head_dim", "length", "dense_ms", "sparse_ms"]))

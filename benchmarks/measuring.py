@@ -266,13 +266,21 @@ def _output(*command: str) -> str:
     return result.stdout.strip().splitlines()[0] if result.stdout.strip() else ""
 
 
-def write_rows(path: Path | None, rows: Iterable[Row], common: Row) -> None:
-    """Append rows to a file of JSON lines."""
-    if path is None:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps({**row, **common}) + "\n" for row in rows)
+def write_rows(path: Path | None, rows: Iterable[Row], common: Row) -> list[Row]:
+    """Append rows to a file of JSON lines as they come, so that a run cut short keeps its first.
+
+    Returns:
+        The rows.
+    """
+    written = []
+    for row in rows:
+        written.append(row)
+        if path is None:
+            continue
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a") as file:
+            file.write(json.dumps({**row, **common}) + "\n")
+    return written
 
 
 def table(rows: Sequence[Row], columns: Sequence[str]) -> str:

@@ -365,8 +365,8 @@ def main() -> None:
     common, judged, begun = context(options, "op_speed.py"), [], time.perf_counter()
     with torch.no_grad():
         for figure in options.figures:
-            rows = list(FIGURES[figure](options))
-            write_rows(options.out, rows, {"figure": f"operator {figure}", **common})
+            about = {"figure": f"operator {figure}", **common}
+            rows = write_rows(options.out, FIGURES[figure](options), about)
             judged += goals(figure, rows)
             print(f"{figure}\n{table(rows, COLUMNS[figure])}", flush=True)
             if options.device == "cuda":

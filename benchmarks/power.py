@@ -93,8 +93,19 @@ def cases(dims: tuple[int, ...]) -> Iterator[tuple[Row, Call, float]]:
         yield row, sparse, 4 * dim * 64 * 64 * kept
 
 
+def measured(dims: tuple[int, ...], seconds: float) -> Iterator[Row]:
+    """Yield the figures of every case."""
+    for about, call, work in cases(dims):
+        for _ in range(3):
+            call()
+        row = {"figure": "power", **about, "length": LENGTH, **sustained(call, seconds)}
+        row["tflops"] = work / row["ms"] / 1e9
+        row["tflops_per_ghz"] = row["tflops"] / row["sm_mhz"] * 1e3
+        yield row
+
+
 def main() -> None:
-    """Run every case, print a table, and write rows."""
+    """Run every case, write rows as they come, and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seconds", type=float, default=3.0, help="per case")
     parser.add_argument("--dims", type=int, nargs="+", default=[128, 64])
@@ -102,16 +113,10 @@ def main() -> None:
     options = parser.parse_args()
     if options.device != "cuda":
         raise SystemExit("power is read from an NVIDIA GPU")
-    rows = []
-    for about, call, work in cases(tuple(options.dims)):
-        for _ in range(3):
-            call()
-        row = {"figure": "power", **about, "length": LENGTH, **sustained(call, options.seconds)}
-        row["tflops"] = work / row["ms"] / 1e9
-        row["tflops_per_ghz"] = row["tflops"] / row["sm_mhz"] * 1e3
-        rows.append(row)
-        print(table(rows, COLUMNS), flush=True)
-    write_rows(options.out, rows, context(options, "power.py"))
+    rows = write_rows(
+        options.out, measured(tuple(options.dims), options.seconds), context(options, "power.py")
+    )
+    print(table(rows, COLUMNS))
 
 
 if __name__ == "__main__":

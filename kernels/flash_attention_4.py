@@ -7,7 +7,8 @@ keys by 128, so selections must have such blocks: ``GateConfig(block_size=BlockS
 The package changes from one version to the next. So the first call of every kind (dtype, heads,
 head dim, blocks, band) is also answered by the default kernels, and an answer that differs raises.
 Two differences remain: values that are not finite spoil queries that may not read them, where they
-share a tile with what these read; and a backward goes to the default kernels.
+share a tile with what these read; and a backward goes to the default kernels. Importing the package
+sets environment variables where it finds JAX.
 
 Source:
     Dao-AILab/flash-attention, ``flash_attn/cute``: ``flash_attn_func`` and
