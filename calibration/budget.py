@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ GRIDS = {
 
 # Lengths closer than this many steps per octave share a row of the curve.
 _STEPS_PER_OCTAVE = 2
+_LEAST_HALF_BLOCKS = 32
+"""Key blocks, below which what every selection keeps hides the trend."""
 _SCORES_AT_ONCE = 8 * 2**20
 """Block scores that selections of several budgets are made from in one call: 32 MB."""
 
@@ -130,6 +132,37 @@ def tabulate(
     return recorder.tables()
 
 
+class _Span(NamedTuple):
+    """The first rows of a call, which are a shorter call of their own, or all of them."""
+
+    tokens: int
+    rows: int
+    """Query blocks."""
+    columns: int
+    """Key blocks."""
+
+    def of(self, blocks: Tensor) -> Tensor:
+        """Return the part of ``[... m n]`` that these rows may see."""
+        return blocks[..., : self.rows, : self.columns]
+
+
+def _spans(gate: AttnGate, inputs: SiteInputs) -> list[_Span]:
+    """Return the whole call and, where attention is causal, its first half.
+
+    A causal row knows nothing of what comes after it, so the first half of a sequence is measured
+    exactly as a sequence of half the length would be, and two lengths show a trend.
+    """
+    size, (q_len, k_len) = gate.config.block_size, (inputs.query.shape[-2], inputs.key.shape[-2])
+    spans = [_Span(k_len, -(-q_len // size.query), -(-k_len // size.key))]
+    step = math.lcm(size.query, size.key)
+    half = k_len // 2 // step * step
+    others = (part for name, part in inputs.visibility.as_arguments().items() if name != "upper")
+    is_causal = inputs.visibility.upper == 0 and all(part is None for part in others)
+    if is_causal and q_len == k_len and half // size.key >= _LEAST_HALF_BLOCKS:
+        spans.append(_Span(half, half // size.query, half // size.key))
+    return spans
+
+
 class CurveRecorder:
     """The site handler that measures: a dense answer, and sums for the curves."""
 
@@ -174,10 +207,12 @@ class CurveRecorder:
         shared = mass.unflatten(1, (gate.selection_heads, gate.groups))
         captured_by, needed = shared.mean(2), shared.amax(2)
         visible, distance = block_visibility(gate, inputs), _distance_to_diagonal(gate, inputs)
-        sums = self._sums.setdefault(inputs.name, {}).setdefault(
-            _bucket(k_len), CurveSums(len(self.grid), gate.selection_heads)
-        )
-        sums.add_rows(k_len, captured_by, visible)
+        sink = _sink(visible, inputs, size.key)
+        spans = [(span, self._sums_of(inputs.name, gate, span)) for span in _spans(gate, inputs)]
+        for span, sums in spans:
+            part, seen = span.of(captured_by), span.of(visible)
+            sums.add_rows(span.tokens, part, seen)
+            sums.add_control(part, seen, span.of(sink), span.of(distance))
         scores = gate.block_scores(inputs)
         grids = {"gate": (scores, self.grid), "oracle": (needed, self.oracle_grid)}
         for kind, (ranked, grid) in grids.items():
@@ -185,13 +220,22 @@ class CurveRecorder:
                 count = selection.counts.shape[1] // gate.selection_heads
                 totals = selection_totals(selection, _repeated(captured_by, count))
                 kept, captured = (part.unflatten(0, (count, -1)) for part in totals)
-                sums.add(kind, first, kept, captured)
+                for span, sums in spans:
+                    rows = slice(span.rows)
+                    sums.add(kind, first, kept[..., rows].sum(-1), captured[..., rows].sum(-1))
                 if kind == "gate" and self.measure_errors:
                     for place in range(count):
                         sparse = _sparse_answer(gate, inputs, _one_of(selection, place, count))
-                        sums.add_error(first + place, sparse, answer)
-        sums.add_control(captured_by, visible, _sink(visible, inputs, size.key), distance)
+                        for span, sums in spans:
+                            tokens = slice(span.rows * size.query)
+                            parts = (sparse[..., tokens, :], answer[..., tokens, :])
+                            sums.add_error(first + place, *parts)
         self._keep_map(inputs.name, k_len, scores, needed)
+
+    def _sums_of(self, name: str, gate: AttnGate, span: _Span) -> CurveSums:
+        by_bucket = self._sums.setdefault(name, {})
+        bucket = round(_STEPS_PER_OCTAVE * math.log2(max(span.tokens, 1)))
+        return by_bucket.setdefault(bucket, CurveSums(len(self.grid), gate.selection_heads))
 
     def _keep_map(self, name: str, k_len: int, scores: Tensor, needed: Tensor) -> None:
         if k_len > self._map_lengths.get(name, 0):
@@ -322,10 +366,6 @@ def _sparse_answer(gate: AttnGate, inputs: SiteInputs, selection: BlockSelection
         size.key,
         *inputs.last_arguments(),
     )[0]
-
-
-def _bucket(k_len: int) -> int:
-    return round(_STEPS_PER_OCTAVE * math.log2(max(k_len, 1)))
 
 
 def _thumbnail(scores: Tensor) -> tuple[tuple[float, ...], ...]:

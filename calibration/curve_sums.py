@@ -61,22 +61,22 @@ class CurveSums:
 
 
 def selection_totals(selection: BlockSelection, mass: Tensor) -> tuple[Tensor, Tensor]:
-    """Return, per selection head, the blocks kept and the mass they carry.
+    """Return, per selection head and row, the blocks kept and the mass they carry.
 
     Args:
         selection: Indices ``Int32[b s m capacity]`` and counts ``Int32[b s m]``.
         mass: ``Float32[b s m n]``.
 
     Returns:
-        ``Int64[s]`` and ``Float64[s]``, summed over batch and rows.
+        ``Int64[s m]`` and ``Float64[s m]``, summed over the batch.
     """
     indices, counts = selection
     slots = torch.arange(indices.shape[-1], device=indices.device)
     is_kept = slots < counts[..., None]
     # Entries past the count are undefined; they must not be used as indices.
     found = mass.gather(-1, torch.where(is_kept, indices, 0).long())
-    captured = torch.where(is_kept, found, 0.0).double().sum((0, 2, 3))
-    return counts.long().sum((0, 2)), captured
+    captured = torch.where(is_kept, found, 0.0).double().sum((0, 3))
+    return counts.long().sum(0), captured
 
 
 def control_windows(blocks: int) -> list[int]:

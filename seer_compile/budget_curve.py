@@ -31,6 +31,8 @@ _LEAST_DENSITY = 1e-6
 _LEAST_RESOLVED_REST = 2e-12
 # Between neighbouring budgets, in mass or relative error.
 _JUMP = 0.05
+# Octaves beyond the longest measured length for which its trend is trusted: docs/budgets.md.
+_FURTHEST = 1.0
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -66,11 +68,25 @@ class BudgetCurve(PlainData):
                 )
 
     def row(self, name: str, length: float) -> np.ndarray:
-        """Return ``Float64[P]`` of one table at a length, linear in log2(length), clamped."""
+        """Return ``Float64[P]`` of one table at a length.
+
+        Between measured lengths it is linear in log2(length), below them that of the shortest.
+        Above them densities go on as they fell over the last octave, for one octave more: a
+        budget that keeps a tenth of the blocks of 8,192 tokens keeps less of 16,384. The other
+        tables stay as they are at the longest.
+        """
         table = np.asarray(getattr(self, name), dtype=np.float64)
         places = np.log2(np.asarray(self.lengths, dtype=np.float64))
-        place = float(np.clip(math.log2(max(length, 1)), places[0], places[-1]))
-        return np.array([np.interp(place, places, column) for column in table.T])
+        wanted = math.log2(max(length, 1))
+        place = float(np.clip(wanted, places[0], places[-1]))
+        row = _mixed(table, places, place)
+        if name != "densities" or wanted <= places[-1] or len(places) == 1:
+            return row
+        octave = min(1.0, places[-1] - places[0])
+        before = np.maximum(_mixed(table, places, places[-1] - octave), _LEAST_DENSITY)
+        # A density that rose with length is not taken to go on rising: budgets would be cut.
+        fall = np.minimum(np.log(np.maximum(row, _LEAST_DENSITY) / before), 0.0) / octave
+        return row * np.exp(fall * min(wanted - places[-1], _FURTHEST))
 
     def budget_for(self, length: float, *, density: float) -> float:
         """Return the budget that gives a density at a length; the nearest measured end outside.
@@ -192,6 +208,11 @@ class BudgetCurve(PlainData):
             rest = math.exp(-float(place))
             return 1.0 if rest <= _LEAST_REST * (1 + 1e-9) else 1 - rest
         return math.exp(float(place))
+
+
+def _mixed(table: np.ndarray, places: np.ndarray, place: float) -> np.ndarray:
+    """Return the row of a table at a place between those of its rows."""
+    return np.array([np.interp(place, places, column) for column in table.T])
 
 
 def check_reachable(curves: Mapping[str, BudgetCurve], max_error: float) -> None:

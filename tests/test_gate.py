@@ -5,6 +5,7 @@ import math
 import pickle
 import threading
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -534,7 +535,38 @@ class TestBudgetCurve:
             # Between the nodes both directions follow one curve, straight in log density.
             place = math.log(density)
             there = measured.interpolate([math.log(value) for value in known], budget)
-            assert there == pytest.approx(max(place, math.log(known[0])), abs=1e-6)
+            # A budget close to 1 has no more digits than float64 leaves to its distance from 1.
+            digits = np.finfo(np.float64).eps / (1 - budget) if budget < 1 else 0.0
+            assert there == pytest.approx(max(place, math.log(known[0])), abs=1e-6 + digits)
+
+    def test_densities_go_on_falling_beyond_the_longest_length_for_one_octave(self):
+        # Of 0.4 and 0.2 half is left after an octave, 0.9 and 0.8 fall to 8/9, all blocks stay.
+        measured = curve(densities=((0.4, 0.9, 1.0), (0.2, 0.8, 1.0)), lengths=(1024, 2048))
+        row = measured.row("densities", 4096)
+        assert row == pytest.approx((0.1, 0.8 * 8 / 9, 1.0))
+        half_way = measured.row("densities", 2048 * 2**0.5)
+        assert half_way == pytest.approx((0.2 * 0.5**0.5, 0.8 * (8 / 9) ** 0.5, 1.0))
+        assert measured.row("densities", 2**20) == pytest.approx(row)
+        # More is kept of longer sequences than by the budget of the longest measured one.
+        assert measured.budget_for(8192, density=0.2) > measured.budget_for(2048, density=0.2)
+        masses = (measured.row("captured_mass", length) for length in (2048, 8192))
+        assert np.array_equal(*masses)
+
+    def test_the_trend_is_that_of_the_last_octave(self):
+        measured = curve(
+            lengths=(512, 1024, 1400, 2048),
+            densities=((0.9, 1.0, 1.0), (0.4, 1.0, 1.0), (0.3, 1.0, 1.0), (0.2, 1.0, 1.0)),
+            masses=((0.5, 0.9, 1.0),) * 4,
+        )
+        assert measured.row("densities", 4096)[0] == pytest.approx(0.1)
+
+    def test_densities_that_rose_are_not_taken_to_rise_on(self):
+        measured = curve(densities=((0.2, 0.8, 1.0), (0.4, 0.9, 1.0)), lengths=(1024, 2048))
+        assert measured.row("densities", 8192) == pytest.approx((0.4, 0.9, 1.0))
+
+    def test_one_length_shows_no_trend(self):
+        measured = curve(lengths=(1024,), densities=((0.2, 0.8, 1.0),), masses=((0.5, 0.9, 1.0),))
+        assert measured.row("densities", 8192) == pytest.approx((0.2, 0.8, 1.0))
 
     def test_full_density_and_full_mass_are_budget_one_exactly(self):
         assert curve().budget_for(3000, density=1.0) == 1.0

@@ -1,5 +1,7 @@
 """Curves: what is measured equals what a selection really keeps and captures."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -17,12 +19,25 @@ from support.planted import BLOCK, PlantedModel, batches
 SIZE = BlockSize(query=BLOCK, key=BLOCK)
 CONFIG = GateConfig(gate_dim=32, block_size=SIZE)
 GRID = (0.2, 0.5, 0.9, 1.0)
+OPERANDS = ("query", "key", "value")
 
 
 def measure(data, config=CONFIG, grid=GRID, model=None, **options):
     store = GateStore(config)
     model = model or PlantedModel()
     return store, tabulate(model.run, store, data, grid=grid, **options)
+
+
+class FirstHalf(PlantedModel):
+    """The same model on the first half of every sequence."""
+
+    def run(self, batch, handler):
+        def on_half(inputs):
+            tokens = inputs.query.shape[-2] // 2
+            parts = {name: getattr(inputs, name)[..., :tokens, :] for name in OPERANDS}
+            return handler(dataclasses.replace(inputs, **parts))
+
+        return super().run(batch, on_half)
 
 
 def kept_map(selection, blocks):
@@ -39,8 +54,8 @@ def test_totals_ignore_entries_past_the_count():
     mass = torch.rand(2, 3, 5, 7)
     kept, captured = selection_totals(selection, mass)
     expected = kept_map(selection, 7)
-    assert torch.equal(kept, expected.sum((0, 2, 3)))
-    torch.testing.assert_close(captured.float(), (mass * expected).sum((0, 2, 3)))
+    assert torch.equal(kept, expected.sum((0, 3)))
+    torch.testing.assert_close(captured.float(), (mass * expected).sum((0, 3)))
 
 
 @pytest.mark.parametrize("sharing", SHARINGS)
@@ -110,6 +125,27 @@ def test_each_length_has_its_own_row_and_density_falls_with_length():
     measured = tables["layers.0.attn"].gate
     assert measured.lengths == (128, 512)
     assert measured.densities[1][0] < measured.densities[0][0]
+
+
+def test_the_first_half_of_a_causal_sequence_is_measured_as_a_sequence_of_its_own():
+    data = batches(2, 1024)
+    _, both = measure(data, measure_errors=True)
+    _, alone = measure(data, model=FirstHalf(), measure_errors=True)
+    for name, table in both.items():
+        for kind in ("gate", "oracle", "control"):
+            found, expected = getattr(table, kind), getattr(alone[name], kind)
+            assert found.lengths == (512, 1024)
+            assert expected.lengths == (512,)
+            width = len(expected.budgets)
+            for values in ("densities", "captured_mass"):
+                ours, theirs = getattr(found, values)[0][:width], getattr(expected, values)[0]
+                assert ours == pytest.approx(theirs, rel=1e-4)
+        assert table.gate.errors[0] == pytest.approx(alone[name].gate.errors[0], rel=1e-3, abs=1e-5)
+
+
+def test_a_half_is_no_sequence_where_rows_know_what_comes_later():
+    data = [{**batch, "real": torch.tensor(1000)} for batch in batches(1, 1024)]
+    assert measure(data)[1]["layers.0.attn"].gate.lengths == (1024,)
 
 
 def test_close_lengths_share_a_row():
