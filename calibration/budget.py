@@ -140,6 +140,7 @@ class _Span(NamedTuple):
     """Query blocks."""
     columns: int
     """Key blocks."""
+    is_half: bool = False
 
     def of(self, blocks: Tensor) -> Tensor:
         """Return the part of ``[... m n]`` that these rows may see."""
@@ -156,10 +157,13 @@ def _spans(gate: AttnGate, inputs: SiteInputs) -> list[_Span]:
     spans = [_Span(k_len, -(-q_len // size.query), -(-k_len // size.key))]
     step = math.lcm(size.query, size.key)
     half = k_len // 2 // step * step
-    others = (part for name, part in inputs.visibility.as_arguments().items() if name != "upper")
-    is_causal = inputs.visibility.upper == 0 and all(part is None for part in others)
-    if is_causal and q_len == k_len and half // size.key >= _LEAST_HALF_BLOCKS:
-        spans.append(_Span(half, half // size.query, half // size.key))
+    if q_len != k_len or half // size.key < _LEAST_HALF_BLOCKS:
+        return spans
+    visibility, padding = inputs.visibility, inputs.visibility.key_padding
+    is_causal = visibility.upper == 0 and visibility.offset is None
+    # A tokenizer hands over a mask where nothing is padding as well.
+    if is_causal and (padding is None or bool(padding.all())):
+        spans.append(_Span(half, half // size.query, half // size.key, is_half=True))
     return spans
 
 
@@ -211,7 +215,7 @@ class CurveRecorder:
         spans = [(span, self._sums_of(inputs.name, gate, span)) for span in _spans(gate, inputs)]
         for span, sums in spans:
             part, seen = span.of(captured_by), span.of(visible)
-            sums.add_rows(span.tokens, part, seen)
+            sums.add_rows(span.tokens, part, seen, is_half=span.is_half)
             sums.add_control(part, seen, span.of(sink), span.of(distance))
         scores = gate.block_scores(inputs)
         grids = {"gate": (scores, self.grid), "oracle": (needed, self.oracle_grid)}

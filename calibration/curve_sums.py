@@ -19,7 +19,7 @@ class CurveSums:
     """Running sums over the batches of one length."""
 
     def __init__(self, budgets: int, heads: int) -> None:
-        self.batches, self.length_sum = 0, 0
+        self.batches, self.halves, self.length_sum = 0, 0, 0
         self.rows = 0.0
         self.visible_per_head = torch.zeros(heads, dtype=torch.float64)
         self.gate_kept = torch.zeros(budgets, heads, dtype=torch.float64)
@@ -28,9 +28,10 @@ class CurveSums:
         self.wrong, self.norm = [0.0] * budgets, [0.0] * budgets
         self.control: dict[int, tuple[float, float]] = {}
 
-    def add_rows(self, k_len: int, mass: Tensor, visible: Tensor) -> None:
+    def add_rows(self, k_len: int, mass: Tensor, visible: Tensor, *, is_half: bool = False) -> None:
         """Add a batch: its mass ``Float32[b s m n]`` and what of it is ``Bool[m n]`` visible."""
         self.batches += 1
+        self.halves += is_half
         self.length_sum += k_len
         # A row of which nothing can be read carries no mass, captured or not.
         self.rows += float((mass.sum(-1) != 0).sum())
@@ -111,9 +112,15 @@ def curve_of(
             errors.append(
                 [math.sqrt(w / n) if n else 0.0 for w, n in zip(sums.wrong, sums.norm, strict=True)]
             )
+    lengths = _ascending([round(sums.length_sum / sums.batches) for sums in ordered])
     return {
         "selector": selector,
-        "lengths": _ascending([round(sums.length_sum / sums.batches) for sums in ordered]),
+        "lengths": lengths,
+        "halves": [
+            length
+            for length, sums in zip(lengths, ordered, strict=True)
+            if sums.halves == sums.batches
+        ],
         "budgets": list(budgets),
         "densities": densities,
         "captured_mass": masses,

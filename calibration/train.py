@@ -13,44 +13,38 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
 from seer_compile.allocation import Allocation, choose_allocation
-from seer_compile.budget_curve import check_fraction
 from seer_compile.calibration import checkpoint as checkpoints
 from seer_compile.calibration import distributed
 from seer_compile.calibration.budget import tabulate
 from seer_compile.calibration.interruption import Interruption
 from seer_compile.calibration.record import BatchStream, Run, dense_answer, gate_of
 from seer_compile.calibration.report import CalibrationReport, build_report
+from seer_compile.calibration.request import (
+    DEFAULT_MASS,
+    Targets,
+    check_allocation,
+    checked_curve_data,
+    checked_targets,
+)
 from seer_compile.calibration.search import search_shares
 from seer_compile.calibration.sensitivity import measure_sensitivity
 from seer_compile.calibration.site_trainer import GateTrainer, no_site
 from seer_compile.config import CalibrationConfig, check_type
 from seer_compile.config_json import config_to_json
-from seer_compile.errors import ResumeMismatchError, SeerInputError
+from seer_compile.errors import NotConvergedError, ResumeMismatchError
 from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SiteInputs
 
-DEFAULT_MASS = 0.95
-"""Share of the attention mass captured at every site when no target is given."""
-
 _logger = logging.getLogger(__name__)
 _MOMENTS = ("exp_avg", "exp_avg_sq", "step", "average")
-
-
-class Targets(NamedTuple):
-    """What the budgets are chosen for after training; exactly one is set."""
-
-    density: float | None = None
-    mass: float | None = None
-    max_error: float | None = None
-    latency: float | None = None
 
 
 def fit(
@@ -72,8 +66,9 @@ def fit(
     """Train every gate that the model's sites need, measure budgets, and choose one.
 
     Training starts from the identity-initialised gates, whatever the store held, unless the
-    configuration says otherwise. After an error or an interruption the store is as it was before;
-    what was trained is in the checkpoints, and the same call goes on from there.
+    configuration says otherwise. What is asked for is checked before. After an error or an
+    interruption of training and measuring the store is as it was before; what was trained is in the
+    checkpoints, and the same call goes on from there.
 
     Args:
         run: One forward of the frozen model with a handler that answers the sites.
@@ -103,11 +98,13 @@ def fit(
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written; where none can be, before training.
         NotConvergedError: No budget keeps the error of some site within ``max_error``, or no
-            density is fast enough.
+            density is fast enough. The gates are trained then, and keep the default mass.
     """
     config = CalibrationConfig() if config is None else config
     check_type("config", config, CalibrationConfig)
-    targets = _checked_targets(Targets(density, mass, max_error, latency))
+    targets = checked_targets(Targets(density, mass, max_error, latency))
+    check_allocation(allocation, targets, config)
+    longer = checked_curve_data(curve_data)
     stream = BatchStream(data, holdout=config.holdout_batches)
     if checkpoint_dir is not None and distributed.rank() == 0:
         checkpoints.check_writable(checkpoint_dir)
@@ -119,7 +116,6 @@ def fit(
         with Interruption(enabled=checkpoint_dir is not None) as interruption:
             _train(run, session, interruption, progress=progress)
             trainer.finish()
-            longer = tuple(curve_data)
             tables = tabulate(
                 run,
                 store,
@@ -147,32 +143,36 @@ def fit(
         )
         for name in tables:
             trainer.gate(name).shares = searched.get(name)
+    # What was trained and measured stays, whether or not a budget does what is asked for.
+    _set_budget(store, targets, allocation)
+    return build_report(
+        store,
+        tables,
+        losses=trainer.loss_history(),
+        config=dataclasses.asdict(config),
+        target={name: value for name, value in targets._asdict().items() if value is not None},
+        allocation=choose_allocation(
+            allocation,
+            {name: sensitivities.get(name) for name in tables},
+            {name: searched.get(name) for name in tables},
+        ),
+    )
+
+
+def _set_budget(store: GateStore, targets: Targets, allocation: Allocation | None) -> None:
+    """Choose budgets and switch the gates on; at the default target where the other is too much."""
+    try:
         store.set_budget(**targets._asdict(), allocation=allocation)
+    except NotConvergedError as error:
+        store.set_budget(mass=DEFAULT_MASS)
+        raise NotConvergedError(
+            error.message,
+            hint=f"{error.hint or ''} The gates are trained and keep {DEFAULT_MASS} of the mass; "
+            "set_budget moves them.".lstrip(),
+            context=error.context,
+        ) from error
+    finally:
         store.set_mode(True)
-        return build_report(
-            store,
-            tables,
-            losses=trainer.loss_history(),
-            config=dataclasses.asdict(config),
-            target={name: value for name, value in targets._asdict().items() if value is not None},
-            allocation=choose_allocation(
-                allocation,
-                {name: sensitivities.get(name) for name in tables},
-                {name: searched.get(name) for name in tables},
-            ),
-        )
-
-
-def _checked_targets(targets: Targets) -> Targets:
-    given = {name: value for name, value in targets._asdict().items() if value is not None}
-    if len(given) > 1:
-        raise SeerInputError(
-            argument="targets", got=given, expected=f"at most one of {', '.join(Targets._fields)}"
-        )
-    for name, value in given.items():
-        check_fraction(name, value)
-    given = {name: float(value) for name, value in given.items()}
-    return Targets(**given) if given else Targets(mass=DEFAULT_MASS)
 
 
 class _Session:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Literal, get_args
 
@@ -191,9 +192,16 @@ def _lost_mass(curve: BudgetCurve, length: float) -> _Points:
 
 
 def _divergence(curve: SensitivityCurve, length: float, least: float, reach: float) -> _Points:
-    least = max(least, curve.least_density(length))
+    measured = curve.least_density(length)
+    is_beyond = length > curve.lengths[-1]
+    least = least if is_beyond else max(least, measured)
     grid = np.geomspace(least, max(reach, least), _GRID_POINTS)
-    return list(zip(grid.tolist(), curve.at(length, grid).tolist(), strict=True))
+    known = grid
+    if is_beyond and least < measured < 1:
+        # Densities of longer sequences are smaller, the least one like all the others; all blocks
+        # are all blocks.
+        known = grid ** (math.log(measured) / math.log(least))
+    return list(zip(grid.tolist(), curve.at(length, known).tolist(), strict=True))
 
 
 def _lower_hull(points: _Points) -> list[tuple[float, float]]:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from seer_compile.allocation import Allocation
 from seer_compile.backend import BackendOptions, as_names
 from seer_compile.config import CalibrationConfig, GateConfig
-from seer_compile.errors import FeatureUnsupportedError, NothingOptimizedError
+from seer_compile.errors import FeatureUnsupportedError, NotConvergedError, NothingOptimizedError
 from seer_compile.inner import InnerCompiler
 from seer_compile.provenance import Provenance, warn_if_stale
 from seer_compile.session import (
@@ -153,6 +153,9 @@ def calibrate(
 
     Raises:
         ModelStateError: The model is not optimized.
+        SeerInputError: A malformed target, allocation or configuration; before anything is trained.
+        NotConvergedError: The target is out of reach; the gates are trained, and keep 0.95 of the
+            mass.
         CalibrationError: Training could not go on; the gates are as they were.
     """
     from seer_compile.calibration import record, storage, train
@@ -167,21 +170,26 @@ def calibrate(
 
     with session.gates_may_change(), session.uncounted(), evaluation_mode(base):
         session.store.requires_grad_(True)
-        report = train.fit(
-            run,
-            session.store,
-            data,
-            config,
-            density=density,
-            mass=mass,
-            max_error=max_error,
-            latency=latency,
-            allocation=allocation,
-            curve_data=curve_data,
-            model=owner,
-            checkpoint_dir=checkpoint_dir,
-            progress=progress,
-        )
+        try:
+            report = train.fit(
+                run,
+                session.store,
+                data,
+                config,
+                density=density,
+                mass=mass,
+                max_error=max_error,
+                latency=latency,
+                allocation=allocation,
+                curve_data=curve_data,
+                model=owner,
+                checkpoint_dir=checkpoint_dir,
+                progress=progress,
+            )
+        except NotConvergedError as error:
+            # The gates are trained, on this model, for another target than was asked for.
+            session.provenance = Provenance(calibration={"error": str(error)}, model=owner)
+            raise
     session.provenance = Provenance(calibration=report.summary(), model=owner)
     return report
 

@@ -33,6 +33,8 @@ _LEAST_RESOLVED_REST = 2e-12
 _JUMP = 0.05
 # Octaves beyond the longest measured length for which its trend is trusted: docs/budgets.md.
 _FURTHEST = 1.0
+# Octaves between the lengths that show it: what differs over less is mostly the text.
+_LEAST_SPAN = 0.75
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -51,6 +53,8 @@ class BudgetCurve(PlainData):
     """L x P: share of the dense attention probability inside the selection, mean over rows."""
     errors: Table | None = None
     """L x P: relative L2 error of the site's output; None when it was not measured."""
+    halves: tuple[int, ...] = ()
+    """Of the lengths those at which no whole sequence was measured, only the first half of one."""
 
     def __post_init__(self) -> None:
         if not self.lengths or not self.budgets or list(self.lengths) != sorted(set(self.lengths)):
@@ -67,6 +71,11 @@ class BudgetCurve(PlainData):
                     expected=f"{len(self.lengths)} x {len(self.budgets)} finite numbers",
                 )
 
+    @property
+    def whole_lengths(self) -> tuple[int, ...]:
+        """The lengths at which whole sequences were measured."""
+        return tuple(length for length in self.lengths if length not in self.halves)
+
     def row(self, name: str, length: float) -> np.ndarray:
         """Return ``Float64[P]`` of one table at a length.
 
@@ -80,9 +89,9 @@ class BudgetCurve(PlainData):
         wanted = math.log2(max(length, 1))
         place = float(np.clip(wanted, places[0], places[-1]))
         row = _mixed(table, places, place)
-        if name != "densities" or wanted <= places[-1] or len(places) == 1:
-            return row
         octave = min(1.0, places[-1] - places[0])
+        if name != "densities" or wanted <= places[-1] or octave < _LEAST_SPAN:
+            return row
         before = np.maximum(_mixed(table, places, places[-1] - octave), _LEAST_DENSITY)
         # A density that rose with length is not taken to go on rising: budgets would be cut.
         fall = np.minimum(np.log(np.maximum(row, _LEAST_DENSITY) / before), 0.0) / octave
@@ -190,6 +199,7 @@ class BudgetCurve(PlainData):
                 densities=table_of(data["densities"]),
                 captured_mass=table_of(data["captured_mass"]),
                 errors=None if errors is None else table_of(errors),
+                halves=lengths_of(data.get("halves", ())),
             )
 
     def axis(self) -> np.ndarray:

@@ -64,7 +64,7 @@ def budget_tables(
         }
     if target == "max_error":
         check_reachable(known, value)
-    measured = sorted({length for curve in known.values() for length in curve.lengths})
+    measured = sorted({length for curve in known.values() for length in curve.whole_lengths})
 
     def shared(density: float, length: int) -> dict[str, float]:
         return allocate(
@@ -117,7 +117,7 @@ def _warn_of_floors(
     warnings.warn(
         DensityNotReachedWarning(
             f"density={asked:g} is not reached: what every selection keeps (the query's own block, "
-            f"the first and the best) makes {listed}. Longer inputs reach less.",
+            f"the first and the best) makes {listed}. Of longer inputs it is a smaller share.",
             asked=asked,
             reached=reached,
         ),

@@ -224,6 +224,13 @@ def _check_gates_available(methods: Sequence[Method], args: Namespace) -> None:
             got="paper_gate",
             expected="--calibrate FILE, since this method trains gates of its own",
         )
+    if args.allocation == "searched" and args.calibrate:
+        raise SeerInputError(
+            argument="allocation",
+            got="searched",
+            expected="another one with --calibrate, which makes no search",
+            hint="Give --gates of a calibration with search_evaluations.",
+        )
     if bases and args.gates:
         describe_gates(args.gates)
 

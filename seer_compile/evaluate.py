@@ -62,6 +62,11 @@ class EvaluationRow:
     """For gates: calls of one forward that are answered densely in use, because that is faster at
     this size, by reason. The row was measured sparsely all the same."""
 
+    @property
+    def uses_gates(self) -> bool:
+        """Whether gates selected: they alone have a dense graph to be compared with."""
+        return self.dense_end_to_end_ms is not None
+
     def to_json(self) -> dict[str, Any]:
         """Return plain data."""
         return asdict(self)

@@ -183,6 +183,29 @@ def test_equal_budget_gives_the_asked_mean_with_one_budget():
     assert found[0] == pytest.approx(found[1], abs=1e-3)
 
 
+def test_beyond_measured_lengths_the_least_density_falls_with_the_curve():
+    curves = {
+        name: BudgetCurve(
+            selector="top_p",
+            lengths=(4096, 8192),
+            budgets=(0.5, 0.9, 1.0),
+            densities=((0.09, 0.4, 1.0), (0.045, 0.3, 1.0)),
+            captured_mass=((0.6, 0.92, 1.0), (0.55, 0.9, 1.0)),
+        )
+        for name in ("one", "other")
+    }
+    known = {
+        name: SensitivityCurve(
+            lengths=(8192,), densities=((0.045, 0.1, 0.3),), divergences=((0.2, 0.1, scale),)
+        )
+        for name, scale in (("one", 0.05), ("other", 0.01))
+    }
+    for density in (0.023, 0.03, 0.1, 0.4):
+        shares = allocate(curves, density, length=16384, sensitivities=known)
+        assert sum(shares.values()) / 2 == pytest.approx(density, rel=1e-6)
+        assert min(shares.values()) >= 0.0225 - 1e-9
+
+
 class TestChoice:
     def test_what_was_measured_decides_where_nothing_is_asked(self):
         assert choose_allocation(None, SENSITIVITIES) == "sensitivity"
@@ -249,6 +272,21 @@ class TestStore:
                 for _, gate in store.items()
             ]
             assert reached == pytest.approx(sum(kept) / len(kept), rel=1e-6)
+
+    @pytest.mark.filterwarnings("error")
+    def test_a_length_that_no_whole_sequence_had_is_not_warned_about(self):
+        store = GateStore()
+        gate = store.get_or_create("site", heads=2, kv_heads=1, head_dim=8)
+        gate.is_trained = True
+        gate.curve = BudgetCurve(
+            selector="top_p",
+            lengths=(2048, 4096),
+            budgets=(0.5, 0.9, 1.0),
+            densities=((0.16, 0.4, 1.0), (0.08, 0.3, 1.0)),
+            captured_mass=((0.6, 0.92, 1.0), (0.55, 0.9, 1.0)),
+            halves=(2048,),
+        )
+        store.set_budget(density=0.1)
 
     @pytest.mark.filterwarnings("error")
     def test_densities_that_are_reached_are_set_without_a_word(self):

@@ -242,7 +242,12 @@ def test_an_evaluation_says_where_gates_keep_another_density_than_was_asked_for(
         keys=0,
         dense_calls={},
     )
-    assert "density 0.1 was asked for and 0.059 kept" in evaluation_text([row])
+    text = evaluation_text([row])
+    assert "density 0.1 was asked for and 0.059 kept" in text
+    assert "seer-compile calibrate --curve-lengths 32768" in text
+    more = evaluation_text([dataclasses.replace(row, density=0.16)])
+    assert "density 0.1 was asked for and 0.16 kept" in more
+    assert "--curve-lengths" not in more
     for fine in (
         dataclasses.replace(row, density=0.11),
         # Others than gates have no budget that was measured; dense was asked for none.
@@ -291,6 +296,12 @@ def test_demo_beats_the_static_control_at_the_same_density(tmp_path):
     text = page.read_text()
     assert text.count("<h1>") == 2
     assert "sink_local" in text
+
+
+def test_searched_shares_are_refused_where_nothing_searches_them(tiny, capsys):
+    line = f"{EVALUATE} --calibrate {{tokens}} --lengths 256 --allocation searched --methods gate"
+    assert run(line, tiny) == 2
+    assert "search" in capsys.readouterr().err
 
 
 def test_the_published_gate_gives_every_site_the_same_share():

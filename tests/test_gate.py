@@ -564,6 +564,18 @@ class TestBudgetCurve:
         measured = curve(densities=((0.2, 0.8, 1.0), (0.4, 0.9, 1.0)), lengths=(1024, 2048))
         assert measured.row("densities", 8192) == pytest.approx((0.4, 0.9, 1.0))
 
+    def test_lengths_close_to_one_another_show_no_trend(self):
+        # 5 % apart over a twentieth of an octave would be a fall by two thirds over a whole one.
+        measured = curve(densities=((0.4, 0.9, 1.0), (0.38, 0.9, 1.0)), lengths=(1200, 1240))
+        assert measured.row("densities", 2480) == pytest.approx((0.38, 0.9, 1.0))
+
+    def test_lengths_of_halves_alone_are_told_apart_and_kept(self):
+        measured = curve(halves=(1024,))
+        assert measured.whole_lengths == (4096,)
+        assert BudgetCurve.from_json(measured.to_json()) == measured
+        before = {name: value for name, value in measured.to_json().items() if name != "halves"}
+        assert BudgetCurve.from_json(before).whole_lengths == (1024, 4096)
+
     def test_one_length_shows_no_trend(self):
         measured = curve(lengths=(1024,), densities=((0.2, 0.8, 1.0),), masses=((0.5, 0.9, 1.0),))
         assert measured.row("densities", 8192) == pytest.approx((0.2, 0.8, 1.0))

@@ -148,6 +148,17 @@ def test_a_half_is_no_sequence_where_rows_know_what_comes_later():
     assert measure(data)[1]["layers.0.attn"].gate.lengths == (1024,)
 
 
+def test_a_mask_that_hides_nothing_leaves_a_half_a_sequence():
+    data = [{**batch, "real": torch.tensor(1024)} for batch in batches(1, 1024)]
+    found = measure(data)[1]["layers.0.attn"].gate
+    assert found.lengths == (512, 1024)
+    assert found.halves == (512,)
+
+
+def test_a_length_of_whole_sequences_is_none_of_halves():
+    assert measure(batches(2, 1024, 512))[1]["layers.0.attn"].gate.halves == ()
+
+
 def test_close_lengths_share_a_row():
     _, tables = measure(batches(4, 250, 256, 260, 255))
     assert tables["layers.0.attn"].gate.lengths == (255,)

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from seer_compile.calibration import checkpoint as checkpoints
-from seer_compile.calibration import site_trainer
+from seer_compile.calibration import site_trainer, train
 from seer_compile.calibration.budget import tabulate
 from seer_compile.calibration.record import BatchStream, split_batch
 from seer_compile.calibration.storage import describe_gates, load_gates
@@ -27,6 +27,7 @@ from seer_compile.errors import (
     CheckpointWriteError,
     GateFileError,
     NonFiniteLossError,
+    NotConvergedError,
     RangeError,
     ResumeMismatchError,
     SeerInputError,
@@ -190,14 +191,39 @@ def test_equal_marginal_allocation_keeps_the_average():
         ({"data": []}, CalibrationDataError),
         ({"data": batches(1)}, CalibrationDataError),
         ({"allocation": "greedy", "density": 0.5}, RangeError),
+        ({"allocation": "searched", "density": 0.5}, SeerInputError),
+        ({"allocation": "uniform", "mass": 0.5}, SeerInputError),
+        ({"allocation": "uniform"}, SeerInputError),
+        (
+            {
+                "allocation": "sensitivity",
+                "density": 0.5,
+                "config": dataclasses.replace(SHORT, sensitivity_batches=0),
+            },
+            SeerInputError,
+        ),
+        ({"curve_data": 5}, CalibrationDataError),
+        ({"curve_data": [3]}, CalibrationDataError),
     ],
 )
-def test_impossible_requests_leave_the_store_as_it_was(options, error):
+def test_impossible_requests_leave_the_store_as_it_was_and_train_nothing(
+    options, error, monkeypatch
+):
     store, _ = run_fit()
     before = state_of(store)
+    monkeypatch.setattr(train, "_train", lambda *_, **__: pytest.fail("it trains"))
     with pytest.raises(error):
         run_fit(store=store, **options)
     assert_equal_states(state_of(store), before)
+
+
+def test_a_target_out_of_reach_costs_no_training():
+    store = GateStore(GATES)
+    with pytest.raises(NotConvergedError, match=r"gates are trained and keep 0\.95"):
+        run_fit(store=store, latency=0.01)
+    expected, _ = run_fit()
+    assert_equal_states(state_of(store), state_of(expected))
+    assert all(gate.is_trained and gate.curve is not None for _, gate in store.items())
 
 
 def test_non_finite_loss_names_site_step_and_sample_and_updates_nothing(tmp_path):
