@@ -168,8 +168,8 @@ def _export(
     first = failures[0]
     raise ExportError(
         f"{what} could not be exported: {type(first).__name__}: {first}",
-        hint="Outputs must be tensors (use_cache=False for Hugging Face models) and lengths must "
-        "be dynamic where they vary.",
+        hint="Outputs must be tensors (for Hugging Face models pass kwargs={'use_cache': False}) "
+        "and lengths must be dynamic where they vary.",
     ) from first
 
 
