@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -290,6 +291,23 @@ def test_inductors_cache_key_holds_the_sources_and_the_configuration(monkeypatch
     assert "theirs" in str(ours.uuid())
     with config.patch(post_grad_custom_post_pass=lambda graph: None):
         assert cache_identity.inductor_settings("a") == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["result_layout.py", "gate.py", "passes/lower.py", "kernels/triton/primitives.py"]
+)
+def test_a_change_in_any_layer_changes_the_digest_of_the_sources(name, monkeypatch, tmp_path):
+    from seer_compile.passes import cache_identity
+
+    package = tmp_path / "seer_compile"
+    shutil.copytree(cache_identity._PACKAGE, package, ignore=shutil.ignore_patterns("*.pyc"))
+    monkeypatch.setattr(cache_identity, "_PACKAGE", package)
+    digest = cache_identity.source_digest.__wrapped__  # the cached one reads once per process
+    first = digest()
+    assert digest() == first
+    with (package / name).open("a") as file:
+        file.write("# changed")
+    assert digest() != first
 
 
 # --- Hugging Face ---------------------------------------------------------------------------
