@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from seer_compile.callers import warn_caller
 from seer_compile.errors import CalibrationDataError, ResumeMismatchError, SeerWarning
 from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
@@ -155,7 +155,7 @@ class BatchStream:
         first = tuple(itertools.islice(iterator, len(self.holdout)))
         if not self._warned and _digest(first) != self.holdout_digest():
             self._warned = True
-            warnings.warn(_OTHER_ORDER, SeerWarning, stacklevel=2)
+            warn_caller(_OTHER_ORDER, SeerWarning)
         return iterator
 
     def seek(self, cursor: Mapping[str, Any]) -> None:

@@ -2,7 +2,8 @@
 
 ``ops`` is the typed front of these. A kernel checks its tensors on the host before it runs, so
 that a call from a graph is as safe as one through ``ops``; a fake says shape, dtype and strides.
-The version is part of the name: compiled graphs on disk would miss a changed fake.
+The version is part of the name: saved programs, and compiled graphs on disk that were not rewritten
+here, would miss a changed fake. Those that were carry a digest of the sources.
 """
 
 from __future__ import annotations

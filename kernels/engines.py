@@ -12,7 +12,6 @@ Example:
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +20,7 @@ from typing import Any
 
 from torch import Tensor
 
+from seer_compile.callers import warn_caller
 from seer_compile.errors import SeerWarning, VersionUnsupportedError
 from seer_compile.kernels import flash_attention_4
 from seer_compile.kernels.checks import check_choice
@@ -204,10 +204,9 @@ def _goes_to_hopper(call: str, find_obstacle: Callable[[str], str | None]) -> bo
 
 
 def _warn(engine: str, instead: str, reason: str) -> None:
-    warnings.warn(
+    warn_caller(
         f"The {engine} engine does not take this call, {instead}: {reason}",
         EngineFallbackWarning,
-        stacklevel=4,
     )
 
 

@@ -1,8 +1,10 @@
-"""What compiled code depends on beyond the graph: the sources of the passes and the kernels.
+"""What compiled code depends on beyond the graph: the sources of the package.
 
 Inductor's caches key a graph by the names of its operators, not by what they do. A changed kernel
 or fake kernel under an unchanged name would be answered from a stale entry (PyTorch issues 185323
-and 187319), so the identity below is made part of the key.
+and 187319), so the identity below is made part of the key. What a fake promises is decided in core
+files as well as beside the kernels, so every source file counts: a list of those that matter would
+be wrong one day, and reading all takes 3 ms, once, when a graph is compiled.
 """
 
 from __future__ import annotations
@@ -17,18 +19,20 @@ from torch._inductor.custom_graph_pass import CustomGraphPass
 from torch.fx import Graph
 
 _PACKAGE = Path(__file__).absolute().parent.parent
-_FOLDERS = ("passes", "kernels")
+_FOLDERS = ("calibration", "kernels", "passes")
 
 
 @functools.cache
 def source_digest() -> str:
-    """Return a sha256 over every source file of the passes and the kernels."""
-    digest = hashlib.sha256()
+    """Return a sha256 over every source file of the package, names included."""
+    # The folders are links in a checkout, which a search from the package does not enter.
+    paths = [*_PACKAGE.glob("*.py")]
     for folder in _FOLDERS:
-        root = _PACKAGE / folder
-        for path in sorted(root.rglob("*.py")):
-            digest.update(str(path.relative_to(root)).encode())
-            digest.update(path.read_bytes())
+        paths += (_PACKAGE / folder).rglob("*.py")
+    digest = hashlib.sha256()
+    for path in sorted(paths):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode())
+        digest.update(path.read_bytes())
     return digest.hexdigest()
 
 

@@ -12,7 +12,7 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch import nn
 from torch.fx import GraphModule
@@ -255,10 +255,12 @@ def seer(
     Args:
         graph_module: What Dynamo captured.
         example_inputs: One value per placeholder.
-        options: ``gates``: a gate file or a store. ``config``: a :class:`GateConfig` for new
-            gates. ``root``: the model, so that sites keep their names across graph breaks.
-            ``zero_shot``, ``strict``, ``inner``, ``exclude``, ``disabled_passes``,
-            ``dump_passes``, ``dump_directory``: see :class:`BackendOptions`.
+        options: ``gates``: a gate file or a store; a file written anew is loaded for graphs
+            captured from then on, and ``torch._dynamo.reset()`` has all captured anew.
+            ``config``: a :class:`GateConfig` for new gates. ``root``: the model, so that sites
+            keep their names across graph breaks. ``zero_shot``, ``strict``, ``inner``,
+            ``exclude``, ``disabled_passes``, ``dump_passes``, ``dump_directory``: see
+            :class:`BackendOptions`.
         mode: As of ``torch.compile``, for Inductor.
 
     Returns:
@@ -291,16 +293,25 @@ def _bare_backend(given: Mapping[str, Any], mode: str | None) -> SeerBackend:
     return SeerBackend(store, root=given.get("root"), options=options, settings=inductor_mode(mode))
 
 
+class _Known(NamedTuple):
+    """A backend, the parameter that it lives as long as, and the gate file that it has loaded."""
+
+    anchor: weakref.ref[Any]
+    file_version: tuple[int, ...] | None
+    backend: SeerBackend
+
+
 class _Backends:
     """The backends of models that are compiled without :func:`seer_compile.optimize`.
 
     A model is known by the identity of its outermost module while one of its parameters lives.
     Graphs without parameters get a store each: new gates depend on names and configuration only.
+    A gate file that was written anew is loaded anew, for the graphs captured from then on.
     """
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._known: dict[tuple[Any, ...], tuple[weakref.ref[Any], SeerBackend]] = {}
+        self._known: dict[tuple[Any, ...], _Known] = {}
 
     def get(
         self,
@@ -317,10 +328,13 @@ class _Backends:
         key = (owner, mode, *((name, _identity(given[name])) for name in sorted(given)))
         with self._lock:
             known = self._known.get(key)
-            if known is None or known[0]() is None:
+            # Before the file is read: one that changes in between is loaded again next time.
+            version = _file_version(given.get("gates"))
+            if known is None or known.anchor() is None or known.file_version != version:
                 forget = weakref.ref(anchor, lambda _: self._known.pop(key, None))
-                known = self._known[key] = (forget, _bare_backend(given, mode))
-            return known[1]
+                backend = _bare_backend(given, mode)
+                known = self._known[key] = _Known(forget, version, backend)
+            return known.backend
 
 
 _BACKENDS = _Backends()
@@ -328,6 +342,18 @@ _BACKENDS = _Backends()
 
 def _identity(option: Any) -> Any:
     return id(option) if isinstance(option, nn.Module) else repr(option)
+
+
+def _file_version(gates: Any) -> tuple[int, ...] | None:
+    """Return what changes with the content of a gate file; None for a store or a missing file."""
+    if not isinstance(gates, str | os.PathLike):
+        return None
+    try:
+        found = os.stat(gates)
+    except OSError:
+        return None  # reading it says what is wrong
+    # With device and inode, a relative path is another file in another directory.
+    return (found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size)
 
 
 def _outermost_module(graph_module: GraphModule) -> str | None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import statistics
-import warnings
 from collections.abc import Callable, Mapping
 
 from seer_compile.allocation import Allocation, allocate
 from seer_compile.budget_curve import BudgetCurve, check_reachable
+from seer_compile.callers import warn_caller
 from seer_compile.config import GateConfig
 from seer_compile.errors import DensityNotReachedWarning, ModelStateError
 from seer_compile.gate import BUDGET_LENGTHS
@@ -114,14 +114,13 @@ def _warn_of_floors(
     if not reached:
         return
     listed = ", ".join(f"{density:.3g} at {length:,} tokens" for length, density in reached.items())
-    warnings.warn(
+    warn_caller(
         DensityNotReachedWarning(
             f"density={asked:g} is not reached: what every selection keeps (the query's own block, "
             f"the first and the best) makes {listed}. Of longer inputs it is a smaller share.",
             asked=asked,
             reached=reached,
-        ),
-        stacklevel=4,
+        )
     )
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from seer_compile.called_model import called_model
 from seer_compile.report import count_sharing, sharing_lines, site_cells
-from seer_compile.session import check_module, device_of, evaluation_mode, find_session
+from seer_compile.session import device_of, evaluation_mode, find_session
 from seer_compile.site_runner import SiteRunner
 from seer_compile.table import render_table
 from seer_compile.types import SiteSummary
@@ -65,7 +66,8 @@ def explain(
     training flags and random generators are left as they were.
 
     Args:
-        model: Any module, optimized or not.
+        model: Any module, optimized or not; looked at under ``torch.compile`` and data-parallel
+            wrappers.
         *args: Positional arguments of the model.
         draw: Where to write a drawing of the sites and what feeds them.
         **kwargs: Keyword arguments of the model.
@@ -75,9 +77,10 @@ def explain(
 
     Raises:
         PassError: A pass failed on this model.
-        ModelStateError: PyTorch ran the forward uncompiled.
+        ModelStateError: PyTorch ran the forward uncompiled; or a part of the model is optimized and
+            the model is not.
     """
-    check_module(model)
+    model = called_model(model)
     session = find_session(model)
     runner = SiteRunner(model, "discover", session.options.exclude if session else ())
     with evaluation_mode(model), _same_random_numbers(model):

@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from torch.fx import GraphModule
 
 from seer_compile.backend import reject_unexpected, warn_if_uncalibrated
+from seer_compile.called_model import called_model
 from seer_compile.errors import ExportError, ModelStateError
 from seer_compile.gate_store import GateStore
 from seer_compile.graph_log import GraphLog, GraphRecord
@@ -41,7 +42,8 @@ def export(
     Its budgets are buffers: :func:`set_budget` works on the program and on its module.
 
     Args:
-        model: An optimized model; or any module, when ``gates`` are given.
+        model: An optimized model; or any module, when ``gates`` are given. Taken from under
+            ``torch.compile`` and data-parallel wrappers.
         args: Positional arguments to trace with, a tuple.
         kwargs: Keyword arguments to trace with.
         dynamic_shapes: As of ``torch.export.export``.
@@ -51,7 +53,8 @@ def export(
         The program. Weights are shared with the model, gates are copied.
 
     Raises:
-        ModelStateError: The model is not optimized and no gates are given.
+        ModelStateError: The model is not optimized and no gates are given; or a part of it is
+            optimized and the model is not.
         ExportError: The model cannot be exported; the cause tells why.
         SiteRejectedError: The model was optimized strictly and a site stays dense unexpectedly;
             where all do, NothingOptimizedError.
@@ -61,6 +64,7 @@ def export(
         DenseFallbackWarning: A site stays dense, or the gates are not calibrated.
         StaleGatesWarning: The model is no longer the one that its gates were calibrated on.
     """
+    model = called_model(model)
     session = find_session(model)
     store = _store_for(model, session, gates)
     keywords = dict(kwargs or {})
@@ -164,8 +168,8 @@ def _export(
     first = failures[0]
     raise ExportError(
         f"{what} could not be exported: {type(first).__name__}: {first}",
-        hint="Outputs must be tensors (use_cache=False for Hugging Face models) and lengths must "
-        "be dynamic where they vary.",
+        hint="Outputs must be tensors (for Hugging Face models pass kwargs={'use_cache': False}) "
+        "and lengths must be dynamic where they vary.",
     ) from first
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from seer_compile.callers import warn_caller
 from seer_compile.errors import DenseFallbackWarning
 from seer_compile.types import SiteSummary, SkipCode
 
@@ -56,12 +56,12 @@ class GraphLog:
                 f"{len(names)} x {reason} ({_abbreviated(names)})"
                 for reason, names in fresh.items()
             )
-            warnings.warn(f"attention stays dense: {listed}", DenseFallbackWarning, stacklevel=2)
+            warn_caller(f"attention stays dense: {listed}", DenseFallbackWarning)
 
     def warn_once(self, subject: str, text: str) -> None:
         """Issue a DenseFallbackWarning unless the same one was issued before."""
         if self._is_new(subject, text):
-            warnings.warn(text, DenseFallbackWarning, stacklevel=3)
+            warn_caller(text, DenseFallbackWarning)
 
     def _is_new(self, subject: str, reason: str) -> bool:
         is_new = (subject, reason) not in self._warned

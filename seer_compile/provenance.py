@@ -6,13 +6,13 @@ reported, and where a state dict was loaded.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
 
+from seer_compile.callers import warn_caller
 from seer_compile.errors import StaleGatesWarning
 
 _DIFFERENCES_SHOWN = 3
@@ -49,7 +49,7 @@ def warn_if_stale(provenance: Provenance, model: nn.Module) -> bool:
             f"{type(model).__name__} is no longer the model that its gates were calibrated on: "
             f"{len(found)} differences, first {found[:_DIFFERENCES_SHOWN]}. Calibrate again."
         )
-        warnings.warn(text, StaleGatesWarning, stacklevel=3)
+        warn_caller(text, StaleGatesWarning)
     return bool(found)
 
 

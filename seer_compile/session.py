@@ -225,7 +225,7 @@ def attach(model: nn.Module, config: GateConfig | None, options: BackendOptions)
             "the model is optimized already",
             hint="Call seer_compile.restore(model) first to change the configuration.",
         )
-    parts = _optimized_parts(model)
+    parts = optimized_parts(model)
     if parts:
         raise ModelStateError(
             f"parts of {type(model).__name__} are optimized already: {list(parts)}",
@@ -285,7 +285,7 @@ def require_session(model: Any) -> Session:
     Raises:
         ModelStateError: The model is not optimized, or several of its parts are, each for itself.
     """
-    parts = _optimized_parts(model) if isinstance(model, nn.Module) else {}
+    parts = optimized_parts(model) if isinstance(model, nn.Module) else {}
     if "" in parts:
         return parts[""]
     if not parts:
@@ -301,7 +301,7 @@ def require_session(model: Any) -> Session:
     return next(iter(parts.values()))
 
 
-def _optimized_parts(model: nn.Module) -> dict[str, Session]:
+def optimized_parts(model: nn.Module) -> dict[str, Session]:
     """Return the sessions of a model and of its parts, by name."""
     found = ((name, find_session(part)) for name, part in model.named_modules())
     return {name: session for name, session in found if session is not None}

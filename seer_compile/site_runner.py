@@ -10,7 +10,6 @@ import contextlib
 import itertools
 import threading
 import types
-import warnings
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
@@ -22,6 +21,7 @@ from torch.fx import GraphModule
 from torch.nn.parallel import DistributedDataParallel
 
 from seer_compile.assumed_buffers import AssumedBuffers, guarded
+from seer_compile.callers import warn_caller
 from seer_compile.direct_forward import DirectForward, running
 from seer_compile.errors import DenseFallbackWarning, ModelStateError, SeerError
 from seer_compile.generation import is_decoding_step
@@ -175,11 +175,10 @@ def _one_graph_under_data_parallel() -> contextlib.AbstractContextManager[Any]:
 def _exported(plain: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
     if torch.compiler.is_dynamo_compiling():
         return plain(*args, **kwargs)
-    warnings.warn(
+    warn_caller(
         "torch.export sees an optimized model with dense attention; seer_compile.export "
         "exports the sparse one.",
         DenseFallbackWarning,
-        stacklevel=2,
     )
     with running():
         return plain(*args, **kwargs)
@@ -291,7 +290,7 @@ class SiteRunner:
         def run(*args: Any) -> Any:
             if self._running:
                 return rewritten(*args)
-            warnings.warn(_TAKEN_ELSEWHERE, DenseFallbackWarning, stacklevel=2)
+            warn_caller(_TAKEN_ELSEWHERE, DenseFallbackWarning)
             return plain.forward(*args)
 
         return run

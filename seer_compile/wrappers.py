@@ -37,6 +37,21 @@ def _held(model: nn.Module) -> nn.Module | None:
     return inner
 
 
+def unwrap_call(model: nn.Module) -> nn.Module:
+    """Return the module that ``torch.compile`` and data-parallel wrappers call as they are called.
+
+    Adapters may change the arguments, and sharded parameters exist in a wrapper's call only: those
+    wrappers stay.
+    """
+    while True:
+        inner = model._modules.get("_orig_mod")
+        if inner is None and type(model).__name__ in _PARALLEL:
+            inner = model._modules.get("module")
+        if inner is None:
+            return model
+        model = inner
+
+
 def plain_name(name: str) -> str:
     """Return a dotted name without the segments that wrappers inside of a model add."""
     return ".".join(part for part in name.split(".") if part not in _SEGMENTS)

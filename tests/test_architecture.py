@@ -224,6 +224,16 @@ def test_nothing_prints_runs_code_from_data_or_changes_global_state(module):
         assert name.split(".")[0] not in FORBIDDEN_MODULES, f"line {statement.lineno}: {name}"
 
 
+@every_module
+def test_warnings_point_to_the_caller(module):
+    """A level counted by hand is wrong once another function calls."""
+    if module == "seer_compile.callers":
+        return
+    for node in ast.walk(TREES[module]):
+        is_warning = isinstance(node, ast.Call) and call_name(node).startswith("warnings.warn")
+        assert not is_warning, f"line {node.lineno}: use callers.warn_caller"
+
+
 def narrows_a_type(node: ast.Assert) -> bool:
     """Whether an assert only tells the type checker what our own code guarantees."""
     text = ast.unparse(node.test)

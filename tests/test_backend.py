@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import random
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -20,6 +21,7 @@ from seer_compile.backend import BackendOptions, SeerBackend
 from seer_compile.config import CalibrationConfig
 from seer_compile.errors import DenseFallbackWarning, RangeError, SeerInputError
 from seer_compile.gate_store import GateStore
+from support.inputs import generator
 from support.models import CHANGES, architecture, breaks_its_graph, decoder, inputs_of, token_ids
 from support.rewriting import answer_sparsely
 from support.state import assert_global_state_unchanged
@@ -55,9 +57,9 @@ def bare(model, **options):
 def backend_of(model):
     """The backend that a bare compile of this model uses."""
     return next(
-        backend
-        for anchor, backend in backends._BACKENDS._known.values()
-        if any(parameter is anchor() for parameter in model.parameters())
+        known.backend
+        for known in backends._BACKENDS._known.values()
+        if any(parameter is known.anchor() for parameter in model.parameters())
     )
 
 
@@ -93,21 +95,22 @@ def test_bare_backend_answers_densely_until_it_has_gates():
     assert torch.equal(got, model(tokens))
 
 
+def calibrated(path):
+    """Write gates that were calibrated for ``decoder()``; return the model that has them."""
+    model = seer_compile.optimize(decoder(), inner="eager")
+    quick = CalibrationConfig(steps=2, warmup_steps=1, holdout_batches=1)
+    data = [token_ids(128, seed=seed) for seed in range(4)]
+    seer_compile.calibrate(model, data, config=quick, progress=False)
+    seer_compile.set_budget(model, mass=0.05)  # few enough blocks that weights matter
+    seer_compile.save_gates(model, path)
+    answer_sparsely(model.seer_gates)
+    return model
+
+
 @torch.no_grad()
 def test_bare_backend_takes_a_gate_file(tmp_path):
-    model, tokens = decoder(), token_ids(300)
-    seer_compile.optimize(model, inner="eager")
-    quick = CalibrationConfig(steps=2, warmup_steps=1, holdout_batches=1)
-    seer_compile.calibrate(
-        model,
-        [token_ids(128, seed=s) for s in range(4)],
-        config=quick,
-        density=0.4,
-        progress=False,
-    )
-    seer_compile.save_gates(model, tmp_path / "g.safetensors")
-    answer_sparsely(model.seer_gates)
-    expected = model(tokens)
+    tokens = token_ids(300)
+    expected = calibrated(tmp_path / "g.safetensors")(tokens)
 
     plain = decoder()
     compiled = bare(plain, gates=tmp_path / "g.safetensors")
@@ -116,7 +119,35 @@ def test_bare_backend_takes_a_gate_file(tmp_path):
     assert store.is_calibrated
     answer_sparsely(store)
     assert torch.equal(compiled(tokens), expected)
-    assert not torch.equal(expected, plain(tokens))
+    assert not torch.allclose(expected, plain(tokens), atol=1e-4)
+
+
+@torch.no_grad()
+def test_bare_backend_loads_a_gate_file_again_once_it_was_written_anew(tmp_path):
+    path, plain, tokens = tmp_path / "g.safetensors", decoder(), token_ids(300)
+
+    def answer_anew():
+        torch._dynamo.reset()
+        compiled = bare(plain, gates=path)
+        compiled(token_ids(64))
+        backend = backend_of(plain)
+        answer_sparsely(backend.store)
+        return compiled(tokens), backend
+
+    model = calibrated(path)
+    first, backend = answer_anew()
+    assert torch.equal(first, model(tokens))
+    assert answer_anew()[1] is backend, "the file is the same"
+
+    for parameter in model.seer_gates.parameters():
+        parameter.normal_(generator=generator())
+    seer_compile.save_gates(model, path)
+    second, other = answer_anew()
+    assert torch.equal(second, model(tokens))
+    assert not torch.allclose(second, first, atol=1e-4)
+    used = [known.backend for known in backends._BACKENDS._known.values()]
+    assert other in used
+    assert backend not in used, "nobody asks for the older gates again"
 
 
 @torch.no_grad()
@@ -260,6 +291,23 @@ def test_inductors_cache_key_holds_the_sources_and_the_configuration(monkeypatch
     assert "theirs" in str(ours.uuid())
     with config.patch(post_grad_custom_post_pass=lambda graph: None):
         assert cache_identity.inductor_settings("a") == {}
+
+
+@pytest.mark.parametrize(
+    "name", ["result_layout.py", "gate.py", "passes/lower.py", "kernels/triton/primitives.py"]
+)
+def test_a_change_in_any_layer_changes_the_digest_of_the_sources(name, monkeypatch, tmp_path):
+    from seer_compile.passes import cache_identity
+
+    package = tmp_path / "seer_compile"
+    shutil.copytree(cache_identity._PACKAGE, package, ignore=shutil.ignore_patterns("*.pyc"))
+    monkeypatch.setattr(cache_identity, "_PACKAGE", package)
+    digest = cache_identity.source_digest.__wrapped__  # the cached one reads once per process
+    first = digest()
+    assert digest() == first
+    with (package / name).open("a") as file:
+        file.write("# changed")
+    assert digest() != first
 
 
 # --- Hugging Face ---------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import torch
 import seer_compile
 from seer_compile.types import SkipCode
 from support.inputs import generator
-from support.models import excused_where_inductor_cannot_decode
+from support.models import architecture, excused_where_inductor_cannot_decode, token_ids
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
@@ -107,6 +107,31 @@ def test_readme_example_runs(tmp_path, monkeypatch):
     assert (tmp_path / "gates.safetensors").stat().st_size > 0
     assert "<html" in (tmp_path / "report.html").read_text()
     seer_compile.restore(names["model"])
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_readme_ways_to_load_gates_run(tmp_path, monkeypatch):
+    """On a Hugging Face model, as the model of the first example is one."""
+    monkeypatch.chdir(tmp_path)
+    code = next(code for _, _, code in BLOCKS if "torch.export.Dim" in code)
+    model, tokens = architecture("llama"), token_ids(192)
+    seer_compile.optimize(model, inner="eager")
+    short = seer_compile.CalibrationConfig(steps=2, warmup_steps=1, holdout_batches=1)
+    data = [token_ids(128, seed=seed) for seed in range(3)]
+    seer_compile.calibrate(model, data, config=short, progress=False)
+    seer_compile.save_gates(model, "gates.safetensors")
+    seer_compile.restore(model)
+
+    names = {"seer_compile": seer_compile, "torch": torch, "model": model, "tokens": tokens}
+    exec(compile(code, "README.md", "exec"), names)
+    program = names["program"]
+    assert sum("gated_attention" in str(node.target) for node in program.graph.nodes) == 2
+    seer_compile.set_budget(program, mass=1.0)
+    longer = token_ids(300)
+    got = program.module()(longer, use_cache=False).logits
+    expected = seer_compile.restore(model)(longer, use_cache=False).logits
+    assert torch.allclose(got, expected, atol=1e-5)
 
 
 def test_readme_names_only_public_names():

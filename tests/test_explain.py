@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import seer_compile
-from support.models import architecture, inputs_of
+from seer_compile.errors import ModelStateError
+from support.models import architecture, decoder, inputs_of, token_ids
 
 HEADER = ("site", "query", "key", "visible", "decision", "reason")
 OF_PLACE = r"`\w+ at [\w.]+:\d+`"
@@ -130,3 +131,21 @@ def test_reasons_name_no_file_of_ours():
     (site,) = seer_compile.explain(layer, torch.randn(1, 80, 32), torch.randn(80, 80)).sites
     assert site.decision == "dense"
     assert ".py" not in site.reason + site.source
+
+
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_wrappers_of_an_optimized_model_are_looked_through(wrap):
+    model = seer_compile.optimize(decoder(), inner="eager", exclude=["layers.1"])
+    expected = seer_compile.explain(model, token_ids(80))
+    assert [site.decision for site in expected.sites] == ["sparse", "dense"]
+    assert seer_compile.explain(wrap(model), token_ids(80)) == expected
+
+
+def test_a_model_with_optimized_parts_is_refused_by_their_names():
+    """A part answers in graphs of its own: a capture of the whole would list no site."""
+    whole = nn.Sequential(seer_compile.optimize(decoder(), inner="eager"), nn.Identity())
+    with pytest.raises(ModelStateError, match="not optimized, but its part '0' is"):
+        seer_compile.explain(whole, token_ids(80))
+    whole[1] = seer_compile.optimize(decoder(), inner="eager")
+    with pytest.raises(ModelStateError, match=r"but its parts \['0', '1'\] are"):
+        seer_compile.explain(whole, token_ids(80))

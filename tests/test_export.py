@@ -89,6 +89,18 @@ def test_export_needs_gates():
         seer_compile.export(decoder(), (token_ids(100),))
 
 
+@pytest.mark.parametrize("wrap", [torch.compile, nn.DataParallel])
+def test_export_looks_through_wrappers(wrap):
+    program = seer_compile.export(wrap(optimized()), (token_ids(100),), dynamic_shapes=LENGTHS)
+    assert gated_calls(program) == 2
+
+
+def test_export_of_a_model_with_an_optimized_part_names_the_part():
+    whole = nn.Sequential(optimized(), nn.Identity())
+    with pytest.raises(ModelStateError, match="not optimized, but its part '0' is"):
+        seer_compile.export(whole, (token_ids(100),))
+
+
 @torch.no_grad()
 def test_export_takes_a_gate_file_for_any_model(tmp_path):
     model = decoder()
