@@ -25,7 +25,6 @@ from seer_compile.kernels.triton.hopper_launch import (
     make_barriers,
     make_ring,
     memory_obstacle,
-    multiprocessors,
 )
 from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, plan, tile_rules
 from seer_compile.kernels.triton.hopper_warps import consume, produce
@@ -35,6 +34,7 @@ from seer_compile.kernels.triton.primitives import (
     fine_rules,
     launching_on,
     make_band,
+    multiprocessors,
 )
 from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper_tiling
 from seer_compile.result_layout import empty_like_query
