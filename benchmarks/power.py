@@ -4,8 +4,9 @@
 
 A GPU that draws all the power it may turns its clock down, and the same kernel then takes longer
 than in the first tenth of a second. Dense attention by cuDNN and block-sparse attention at 10 % run
-for some seconds each; clock and power are medians of the second half. ``tflops_per_ghz`` is what is
-left to the kernel. Sparse rows are compared with float32 first.
+for some seconds each; clock and power are medians of the second half, read from the current device
+by ``nvidia-smi``. ``tflops_per_ghz`` is what is left to the kernel. Sparse rows are compared with
+float32 first.
 """
 
 # ruff: noqa: E402
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
@@ -32,31 +34,68 @@ LENGTH = 32768
 DENSITY = 0.1
 COLUMNS = ("what", "dim", "first_ms", "ms", "tflops", "sm_mhz", "watts", "tflops_per_ghz")
 QUERY = ("nvidia-smi", "--query-gpu=clocks.sm,power.draw", "--format=csv,noheader,nounits")
+Sample = tuple[float, float]
 
 
-def sustained(call: Call, seconds: float) -> Row:
+def sustained(call: Call, seconds: float, uuid: str) -> Row:
     """Return milliseconds per call at first and later on, and clock and power of then."""
     first = elapsed_ms(call, 8) / 8
     calls = max(1, int(seconds / 2 * 1e3 / first))
-    samples: list[tuple[float, float]] = []
     is_over = threading.Event()
-    sampler = threading.Thread(target=sample, args=(samples, is_over))
     elapsed_ms(call, calls)
-    sampler.start()
-    later = elapsed_ms(call, calls) / calls
-    is_over.set()
-    sampler.join()
-    # The last one may have come after the last call.
-    mhz, watts = (statistics.median(column) for column in zip(*samples[:-1], strict=True))
+    with ThreadPoolExecutor(1) as sampler:
+        samples = sampler.submit(sample_until, is_over, uuid)
+        try:
+            later = elapsed_ms(call, calls) / calls
+        finally:
+            is_over.set()
+    mhz, watts = medians(samples.result())
     return {"first_ms": first, "ms": later, "sm_mhz": mhz, "watts": watts}
 
 
-def sample(samples: list[tuple[float, float]], is_over: threading.Event) -> None:
-    """Append clock and power until told to stop."""
+def sample_until(is_over: threading.Event, uuid: str) -> list[Sample]:
+    """Return clock and power of one GPU, read again and again until told to stop."""
+    samples = []
     while not is_over.is_set():
-        line = subprocess.run(QUERY, capture_output=True, text=True, check=True).stdout
-        mhz, watts = line.splitlines()[0].split(",")
-        samples.append((float(mhz), float(watts)))
+        samples.append(clock_and_power(uuid))
+    return samples
+
+
+def medians(samples: list[Sample]) -> Sample:
+    """Return clock and power without the last sample, which may have come after the last call."""
+    if len(samples) < 2:
+        raise SystemExit(
+            f"nvidia-smi answered {len(samples)} times while the calls ran, and 2 are needed; "
+            "give more --seconds"
+        )
+    mhz, watts = (statistics.median(column) for column in zip(*samples[:-1], strict=True))
+    return mhz, watts
+
+
+def clock_and_power(uuid: str) -> Sample:
+    """Return megahertz and watts of one GPU now."""
+    command = [*QUERY, f"--id={uuid}"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
+        mhz, watts = map(float, result.stdout.split(","))
+    except FileNotFoundError:
+        raise SystemExit("clock and power are read by nvidia-smi, which is not on PATH") from None
+    except subprocess.CalledProcessError as error:
+        said = (error.stdout + error.stderr).strip()
+        raise SystemExit(f"{' '.join(command)} ended with {error.returncode}: {said}") from None
+    except ValueError:
+        said = result.stdout.strip()
+        raise SystemExit(f"{' '.join(command)} gave no clock and power: {said!r}") from None
+    return mhz, watts
+
+
+def current_uuid() -> str:
+    """Return the name nvidia-smi has for the current device.
+
+    Its own order of GPUs heeds neither ``CUDA_VISIBLE_DEVICES`` nor the device that is current.
+    """
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
 
 
 def elapsed_ms(call: Call, calls: int) -> float:
@@ -95,10 +134,13 @@ def cases(dims: tuple[int, ...]) -> Iterator[tuple[Row, Call, float]]:
 
 def measured(dims: tuple[int, ...], seconds: float) -> Iterator[Row]:
     """Yield the figures of every case."""
+    uuid = current_uuid()
+    # What cannot be read is said before anything runs for seconds.
+    clock_and_power(uuid)
     for about, call, work in cases(dims):
         for _ in range(3):
             call()
-        row = {"figure": "power", **about, "length": LENGTH, **sustained(call, seconds)}
+        row = {"figure": "power", **about, "length": LENGTH, **sustained(call, seconds, uuid)}
         row["tflops"] = work / row["ms"] / 1e9
         row["tflops_per_ghz"] = row["tflops"] / row["sm_mhz"] * 1e3
         yield row

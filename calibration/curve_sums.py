@@ -52,10 +52,16 @@ class CurveSums:
         self.norm[place] += float(dense.double().square().sum())
 
     def add_control(self, mass: Tensor, visible: Tensor, sink: Tensor, distance: Tensor) -> None:
-        """Add what sinks and local windows hold, ``distance`` in blocks from the diagonal."""
-        for window in control_windows(mass.shape[-1]):
+        """Add what sinks and local windows hold, ``distance`` in blocks from the diagonal.
+
+        Batches of one bucket may differ in their windows. The last window of each holds all of it,
+        and so do larger ones: every batch counts in every window, as it does in what is visible.
+        """
+        windows = control_windows(mass.shape[-1])
+        everything = self.control[max(self.control)] if self.control else (0.0, 0.0)
+        for window in sorted({*self.control, *windows}):
             chosen = visible & ((distance < window) | sink)
-            kept, captured = self.control.get(window, (0.0, 0.0))
+            kept, captured = self.control.get(window, everything)
             kept += float(chosen.expand_as(mass).sum())
             captured += float(torch.where(chosen, mass, 0.0).sum(dtype=torch.float64))
             self.control[window] = (kept, captured)

@@ -46,10 +46,11 @@ class SparseSites:
 
 
 class _Trial(NamedTuple):
-    """Batches of one length, and what the model makes of them when it is dense."""
+    """The batch of one length, and what the model makes of it when it is dense."""
 
     length: int
-    batches: tuple[tuple[Any, DenseOutput], ...]
+    batch: Any
+    dense: DenseOutput
 
 
 def search_shares(
@@ -58,7 +59,6 @@ def search_shares(
     batches: Iterable[Any],
     *,
     evaluations: int,
-    per_length: int = 1,
     densities: Sequence[float] = DENSITIES,
     progress: bool = False,
 ) -> dict[str, ShareTable]:
@@ -67,9 +67,8 @@ def search_shares(
     Args:
         run: One forward of the frozen model with a handler; returns what the model returns.
         store: Trained gates with curves, and with sensitivities where they were measured.
-        batches: Held-out batches, the preferred ones first.
-        evaluations: Forwards per batch and density; 0 searches nothing.
-        per_length: Batches of one length that count.
+        batches: Held-out batches; the first of each length counts.
+        evaluations: Forwards per length and density; 0 searches nothing.
         densities: Mean densities, ascending.
         progress: Show a progress bar.
 
@@ -77,14 +76,14 @@ def search_shares(
         A table per site; under ``torch.distributed`` that of process 0, everywhere.
 
     Cost:
-        ``evaluations`` forwards per batch and density.
+        ``evaluations`` forwards per length and density, and one per batch.
     """
     if evaluations < 1:
         return {}
     found: dict[str, dict[int, list[float]]] = {}
     hidden = not progress or distributed.rank() != 0
     with torch.no_grad():
-        trials = _trials(run, store, batches, per_length)
+        trials = _trials(run, store, batches)
         bar = tqdm(total=len(trials) * len(densities), desc="Searching shares", disable=hidden)
         for trial in trials:
             for density in densities:
@@ -104,15 +103,15 @@ def search_shares(
     return distributed.everywhere(store, tables, ShareTable.from_json)
 
 
-def _trials(run: Run, store: GateStore, batches: Iterable[Any], per_length: int) -> list[_Trial]:
-    by_length: dict[int, list[tuple[Any, DenseOutput]]] = {}
+def _trials(run: Run, store: GateStore, batches: Iterable[Any]) -> list[_Trial]:
+    by_length: dict[int, _Trial] = {}
     for batch in batches:
         observer = OneSparseSite(store, None, 1.0)
-        dense = DenseOutput(run(batch, observer))
-        kept = by_length.setdefault(max(observer.lengths.values(), default=0), [])
-        if len(kept) < per_length:
-            kept.append((batch, dense))
-    return [_Trial(length, tuple(kept)) for length, kept in by_length.items()]
+        output = run(batch, observer)
+        length = max(observer.lengths.values(), default=0)
+        if length not in by_length:
+            by_length[length] = _Trial(length, batch, DenseOutput(output))
+    return list(by_length.values())
 
 
 def _search(
@@ -124,11 +123,7 @@ def _search(
     def loss(shares: Mapping[str, float]) -> float:
         nonlocal left
         left -= 1
-        outputs = [
-            dense.divergence(run(batch, SparseSites(store, shares)))
-            for batch, dense in trial.batches
-        ]
-        value = sum(outputs) / len(outputs)
+        value = trial.dense.divergence(run(trial.batch, SparseSites(store, shares)))
         return value if math.isfinite(value) else math.inf
 
     curves = {name: gate.curve for name, gate in store.items() if gate.curve is not None}

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from seer_compile.config import GateConfig
 from seer_compile.errors import FeatureUnsupportedError
-from seer_compile.types import SiteInputs, Visibility
+from seer_compile.types import SiteInputs
 
 TargetKind = Literal["mass", "max", "value"]
 
@@ -196,8 +196,3 @@ def sample_rows(total: int, wanted: int, *, key: str, device: torch.device) -> T
         # From memory that is not pinned the copy would wait for all that the device has yet to do.
         return chosen.pin_memory().to(device, non_blocking=True)
     return chosen.to(device)
-
-
-def unpadded(visibility: Visibility) -> Visibility:
-    """Return the band of a visibility, without padding and documents."""
-    return Visibility(upper=visibility.upper, lower=visibility.lower, offset=visibility.offset)

@@ -35,7 +35,6 @@ class Step(NamedTuple):
     """``Int64[E]``: places in ``tiles`` that need a mask."""
     mask: Tensor
     """``Bool[E keys 1 queries]``: what the queries of the row may read of the edge tile."""
-    is_first: bool
     is_last: bool
 
 
@@ -146,7 +145,7 @@ class BlockRows:
         edge = (~(self._is_interior(rows, columns) & used)).flatten().nonzero()[:, 0]
         tiles = (self.first_tile[rows, None] + columns).flatten()
         mask = self._mask(rows, columns, used, edge)
-        return Step(rows, tiles, edge, mask, begin == 0, end == longest)
+        return Step(rows, tiles, edge, mask, end == longest)
 
     def _is_interior(self, rows: Tensor, columns: Tensor) -> Tensor:
         """Return ``Bool[R c]``: every query of the row may read every key of the block."""

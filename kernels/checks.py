@@ -130,16 +130,6 @@ def check_choice(argument: str, value: Any, allowed: Sequence[str]) -> None:
         raise RangeError(argument=argument, got=value, expected=f"one of {', '.join(allowed)}")
 
 
-def check_flag(argument: str, value: Any) -> None:
-    """Check that a value is a bool.
-
-    Raises:
-        DtypeError: It is none.
-    """
-    if not isinstance(value, bool):
-        raise DtypeError(argument=argument, got=_shown(value), expected="a bool")
-
-
 def check_pools(argument: str, kinds: Any) -> None:
     """Check a comma-joined list of pool kinds.
 

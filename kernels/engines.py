@@ -117,7 +117,7 @@ def _forward_by_triton(
     from seer_compile.kernels.triton import attention_forward as portable
 
     def obstacle(engine: str) -> str | None:
-        return _obstacle(engine, query, key, value, rest[0], *rest[3:5], softcap=softcap)
+        return _obstacle(engine, query, key, value, *rest[3:5], softcap=softcap)
 
     if _goes_to_hopper("", obstacle):
         return _import("attention").launch(query, key, value, *rest)
@@ -140,7 +140,7 @@ def backward(
     from seer_compile.kernels.triton import attention_backward as portable
 
     def obstacle(engine: str) -> str | None:
-        reason = _obstacle(engine, query, key, value, rest[2], *rest[5:7], softcap=softcap)
+        reason = _obstacle(engine, query, key, value, *rest[5:7], softcap=softcap)
         if reason is not None:
             return reason
         return _import("backward").obstacle(grad_out, query)
@@ -215,7 +215,6 @@ def _obstacle(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    indices: Tensor,
     query_block: int,
     key_block: int,
     softcap: float | None,
@@ -224,7 +223,7 @@ def _obstacle(
     module = _import_for(engine, "attention")
     if module is None:
         return _NO_GLUON
-    return module.obstacle(query, key, value, indices, query_block, key_block, softcap)
+    return module.obstacle(query, key, value, query_block, key_block, softcap)
 
 
 def _import_for(engine: str, part: str) -> ModuleType | None:

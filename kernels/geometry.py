@@ -32,10 +32,6 @@ class Band(NamedTuple):
         upper = UNBOUNDED if visibility.upper is None else int(visibility.upper) + shift
         return cls(lower, upper)
 
-    def shifted(self, tokens: int) -> Band:
-        """Return the band of the queries from ``tokens`` on, counted from there."""
-        return Band(self.lower + tokens, self.upper + tokens)
-
     def key_range(self, first_query: int, last_query: int, k_len: int) -> tuple[int, int]:
         """Return begin and end of the keys that any of some consecutive queries may read."""
         begin = min(max(first_query + self.lower, 0), k_len)

@@ -65,8 +65,6 @@ def capture_export(
     model: nn.Module,
     args: Sequence[Any] = (),
     kwargs: Mapping[str, Any] | None = None,
-    *,
-    dynamic_shapes: Any = None,
 ) -> CapturedGraph:
     """Export a model and return the graph of the exported program.
 
@@ -74,11 +72,8 @@ def capture_export(
         model: The module.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
-        dynamic_shapes: As of ``torch.export.export``.
     """
-    program = torch.export.export(
-        model, tuple(args), dict(kwargs or {}), dynamic_shapes=dynamic_shapes
-    )
+    program = torch.export.export(model, tuple(args), dict(kwargs or {}))
     module = program.module(check_guards=False)
     assert isinstance(module, GraphModule)
     return CapturedGraph(module, tuple(pytree.tree_leaves((tuple(args), dict(kwargs or {})))))

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from seer_compile.passes.index_ranges import IndexRanges
 from seer_compile.passes.mask_domain import AtMost, Value, both, choice
 
 # How tracing and export name the tensors that they lift out of the code.
@@ -91,9 +90,7 @@ def _real(value: Any) -> Tensor | None:
     return value if isinstance(value, Tensor) and not value.is_meta else None
 
 
-def constant_element(
-    tensor: Tensor, index: Sequence[sympy.Expr], ranges: IndexRanges
-) -> Value | None:
+def constant_element(tensor: Tensor, index: Sequence[sympy.Expr]) -> Value | None:
     """Return the element of a tensor of known value at a symbolic index.
 
     Recognised are tensors of one value, positions (``start + step * n``), and matrices that hold

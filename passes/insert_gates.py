@@ -62,7 +62,7 @@ def _insert_gate(graph_module: GraphModule, decision: SiteDecision, gates: GateS
     visibility = materialise(decision.proof, site, graph_module.graph)
     readable = list(visibility.as_arguments().values())
     scores = _insert_scores(builder, (query, key), gate, path, visibility, site.scale)
-    lengths = [_length(builder, tensor) for tensor in (query, key)]
+    lengths = [_length(tensor) for tensor in (query, key)]
     budget = builder.call(
         budget_at,
         builder.attribute(f"{path}.budget", gate=path),
@@ -112,7 +112,7 @@ def _insert_scores(
             (pooled_key, "key_weight", 1),
         )
     ]
-    lengths = [_length(builder, tensor) for tensor in operands]
+    lengths = [_length(tensor) for tensor in operands]
     return builder.call(
         ops.block_scores.v1,
         *features,
@@ -124,7 +124,7 @@ def _insert_scores(
     )
 
 
-def _length(builder: NodeBuilder, tensor: Node) -> Any:
+def _length(tensor: Node) -> Any:
     return fake_value(tensor).shape[2]
 
 

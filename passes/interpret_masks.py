@@ -151,7 +151,7 @@ class MaskInterpreter:
             return given[0].element(given[1], index) if isinstance(given, tuple) else given
         constant = self._constants.get(node)
         if constant is not None and not self._mutations.is_written(node):
-            value = constant_element(constant, index, self.ranges)
+            value = constant_element(constant, index)
             if value is not None:
                 self.constants_read.add(node.name)
             return value

@@ -110,13 +110,13 @@ def _unrepeat(state: Peeled, source: Node, packet: Any, book: AxisBook) -> Peele
         )
         return replace(state, node=source) if is_whole else None
     if packet in (aten.expand, aten.repeat):
-        return _unexpand(state, source, packet)
+        return _unexpand(state, source)
     if packet is aten.repeat_interleave:
         return _uninterleave(state, source, book)
     return None
 
 
-def _unexpand(state: Peeled, source: Node, packet: Any) -> Peeled | None:
+def _unexpand(state: Peeled, source: Node) -> Peeled | None:
     before, after = shape_of(source), shape_of(state.node)
     added = len(after) - len(before)
     before = (*[1] * added, *before)

@@ -25,7 +25,6 @@ from seer_compile.kernels.triton.hopper_launch import (
     make_barriers,
     make_ring,
     memory_obstacle,
-    multiprocessors,
 )
 from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, plan, tile_rules
 from seer_compile.kernels.triton.hopper_warps import consume, produce
@@ -35,6 +34,7 @@ from seer_compile.kernels.triton.primitives import (
     fine_rules,
     launching_on,
     make_band,
+    multiprocessors,
 )
 from seer_compile.kernels.triton.tuning import HopperTiling, head_layout, hopper_tiling
 from seer_compile.result_layout import empty_like_query
@@ -157,7 +157,6 @@ def obstacle(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    indices: Tensor,
     query_block: int,
     key_block: int,
     softcap: float | None = None,
@@ -168,7 +167,6 @@ def obstacle(
         query: ``Float[b h q d]``.
         key: ``Float[b g k d]``.
         value: ``Float[b g k v]``.
-        indices: ``Int32[b s m n]``.
         query_block: Tokens per query block.
         key_block: Tokens per key block.
         softcap: Bounds the logits; None where nothing does.
@@ -177,7 +175,7 @@ def obstacle(
         return "logits are soft-capped"
     if query.device.type == "cuda" and not is_hopper(query.device):
         return "the device is no Hopper GPU"
-    reason = _shape_obstacle(query, key, value, indices, query_block, key_block)
+    reason = _shape_obstacle(query, value, query_block, key_block)
     if reason is not None:
         return reason
     for name, tensor in (("query", query), ("key", key), ("value", value)):
@@ -187,9 +185,7 @@ def obstacle(
     return None
 
 
-def _shape_obstacle(
-    query: Tensor, key: Tensor, value: Tensor, indices: Tensor, query_block: int, key_block: int
-) -> str | None:
+def _shape_obstacle(query: Tensor, value: Tensor, query_block: int, key_block: int) -> str | None:
     """Return what of dtype, head dims, blocks and heads the engine is not built for, or None."""
     if query.dtype not in _DTYPES:
         return f"dtype {query.dtype}"

@@ -33,7 +33,6 @@ from seer_compile.kernels.triton.hopper_launch import (
     TILE_ROWS,
     describe,
     memory_obstacle,
-    multiprocessors,
 )
 from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, Plan, plan, tile_rules
 from seer_compile.kernels.triton.hopper_query_gradient import query_gradient_kernel
@@ -44,6 +43,7 @@ from seer_compile.kernels.triton.primitives import (
     fine_rules,
     launching_on,
     make_band,
+    multiprocessors,
 )
 from seer_compile.kernels.triton.transpose_plan import transpose_plan
 from seer_compile.kernels.triton.tuning import (

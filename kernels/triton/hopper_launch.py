@@ -14,9 +14,6 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 TILE_ROWS = 64
 """Query rows of one group of four warps: what one matrix instruction takes."""
 
-_ABSENT_MULTIPROCESSORS = 132
-"""Assumed where a launch is only compiled."""
-
 
 @gluon.jit
 def make_barriers(count: gl.constexpr, arrivals: gl.constexpr):
@@ -70,11 +67,3 @@ def _layout(dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
 def is_hopper(device: torch.device) -> bool:
     """Whether a GPU is one of Hopper's; PyTorch takes microseconds to say."""
     return torch.cuda.get_device_capability(device)[0] == 9
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    """Return how many programs a device runs side by side, one per multiprocessor."""
-    if device.type != "cuda":
-        return _ABSENT_MULTIPROCESSORS
-    return torch.cuda.get_device_properties(device).multi_processor_count

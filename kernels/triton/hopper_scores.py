@@ -28,13 +28,13 @@ from seer_compile.kernels.triton.hopper_launch import (
     is_hopper,
     make_barriers,
     memory_obstacle,
-    multiprocessors,
 )
 from seer_compile.kernels.triton.hopper_score_warps import copy_features, finish, score
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
     launching_on,
     make_band,
+    multiprocessors,
     positive_scale,
 )
 

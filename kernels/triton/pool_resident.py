@@ -14,12 +14,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from seer_compile.kernels.triton.hopper_launch import multiprocessors
 from seer_compile.kernels.triton.pool_steps import pool_chunk
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
     empty_features,
     launching_on,
+    multiprocessors,
     padded_dim,
 )
 from seer_compile.types import POOL_KINDS

@@ -11,6 +11,7 @@ Names: ``x_ptr`` pointers, ``x_strides`` one tuple per tensor, upper-case compil
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import threading
 from collections.abc import Iterator
@@ -36,6 +37,9 @@ LOG2_E = 1.4426950408889634
 
 _NEAR = tl.constexpr(0.625)
 """Up to here tanh is a series: beyond, 1 less an exponential no longer cancels."""
+
+_ABSENT_MULTIPROCESSORS = 132
+"""Assumed where a launch is only compiled."""
 
 _INTERPRETER_LOCK = threading.Lock()
 
@@ -144,6 +148,14 @@ def dot_precision(dtype: torch.dtype) -> str:
 def positive_scale(scale: float) -> float:
     """Return the factor for powers of 2; kernels take maxima before scaling: it is positive."""
     return max(abs(scale) * LOG2_E, 1e-30)
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """Return how many programs a device runs side by side, one per multiprocessor."""
+    if device.type != "cuda":
+        return _ABSENT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def is_interpreted() -> bool:

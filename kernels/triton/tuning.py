@@ -14,6 +14,7 @@ import torch
 import triton
 
 from seer_compile.errors import HeadConfigError
+from seer_compile.kernels.triton.primitives import multiprocessors
 
 _HOLDS_PAIRS = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 """Whether queries of 128 dims fit the registers beside two key tiles; Triton 3.9 spills, and its
@@ -296,9 +297,7 @@ def scores_tiling(
         num_column_units: Key blocks.
         device: Where it runs.
     """
-    multiprocessors, limit = 132, shared_memory(device)
-    if device.type == "cuda":
-        multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count
+    limit = shared_memory(device)
     # Eight units side by side lie in one thread each.
     columns, size = min(128, max(64, 8 * units[1])), 2
     is_tall = units[0] >= 32 and dim <= 64 and 2 * dim * (256 + 3 * columns) <= limit
@@ -308,7 +307,7 @@ def scores_tiling(
     rows, columns = max(rows, units[0]), max(columns, units[1])
     # Units of few columns leave as many maxima and sums in registers as there are pairs.
     fits = size * dim * (rows + 2 * columns) <= limit // 2 and units[1] >= 4 and not is_tall
-    programs = multiprocessors * (2 if fits else 1)
+    programs = multiprocessors(device) * (2 if fits else 1)
     columns, stages = _fit(size * rows * dim, size * dim, columns, 3, limit // (2 if fits else 1))
     columns = max(columns, units[1])
     keep = 4 * programs * rows * (num_column_units + columns) <= _LARGEST_MAXIMA

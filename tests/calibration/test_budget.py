@@ -7,7 +7,13 @@ import torch
 
 from seer_compile.calibration import budget
 from seer_compile.calibration.budget import tabulate
-from seer_compile.calibration.curve_sums import control_windows, selection_totals
+from seer_compile.calibration.curve_sums import (
+    CurveSums,
+    control_windows,
+    curve_of,
+    selection_totals,
+    windows_of,
+)
 from seer_compile.calibration.targets import attention_mass
 from seer_compile.config import Fraction, GateConfig, Threshold, TopK
 from seer_compile.errors import CalibrationDataError
@@ -215,6 +221,38 @@ def test_windows_reach_from_none_to_all():
         assert windows[0] == 0
         assert windows[-1] >= blocks
         assert windows == sorted(set(windows))
+
+
+@pytest.mark.parametrize("lengths", [(960, 1120), (1120, 960)])
+def test_every_window_counts_lengths_that_have_fewer_windows(lengths):
+    # 60 and 70 blocks: windows end at 64 and at 128, in one bucket.
+    _, tables = measure(batches(len(lengths), *lengths))
+    for table in tables.values():
+        assert table.control.lengths[-1] == 1040
+        assert table.control.budgets[-2:] == (64.0, 128.0)
+        for row in (*table.control.densities, *table.control.captured_mass):
+            assert list(row) == pytest.approx(sorted(row), abs=1e-6)
+            assert row[-1] == pytest.approx(1.0, abs=1e-5)
+        assert table.control.mass_at_density(1040, 1.0) == pytest.approx(1.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("sides", [(3, 5), (5, 3), (2, 3, 9), (5, 2, 9, 3)])
+def test_control_adds_up_what_each_batch_keeps_in_each_window(sides):
+    sums, expected, pairs = CurveSums(1, 1), dict.fromkeys(control_windows(max(sides)), 0), 0
+    for side in sides:
+        place = torch.arange(side)
+        visible = place[:, None] >= place
+        distance, sink = (place[:, None] - place).clamp(min=0), visible & (place == 0)
+        mass = visible / visible.sum(-1, keepdim=True)
+        sums.add_rows(side, mass[None, None], visible)
+        sums.add_control(mass[None, None], visible, sink, distance)
+        pairs += int(visible.sum())
+        for window in expected:
+            expected[window] += int((visible & ((distance < window) | sink)).sum())
+    curve = curve_of("control", "sink_local", windows_of([sums]), [sums])
+    assert curve["budgets"] == list(map(float, expected))
+    assert curve["densities"][0] == pytest.approx([kept / pairs for kept in expected.values()])
+    assert curve["captured_mass"][0][-1] == pytest.approx(1.0)
 
 
 def test_data_that_reaches_no_site_is_named():

@@ -54,7 +54,7 @@ ONE_SLOT = HopperTiling(2, 2, 1, 1, True, 1, 168)
 @pytest.fixture
 def play(monkeypatch):
     """Return a function that runs one call on the played machine, with a seed for its events."""
-    monkeypatch.setattr(hopper_launch, "_ABSENT_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper_attention, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(hopper_attention, "launching_on", lambda *_: contextlib.nullcontext())
 
     def run(inputs, tiling, seed):

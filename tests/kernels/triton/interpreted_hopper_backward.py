@@ -102,7 +102,7 @@ CASES = {
 @pytest.fixture
 def play(monkeypatch):
     """Return a function that runs one call on the played machine, with a seed for its events."""
-    monkeypatch.setattr(hopper_launch, "_ABSENT_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper_backward, "multiprocessors", lambda device: 2)
 
     def run(name, inputs, seed):
         for kernel, function in KERNELS.items():

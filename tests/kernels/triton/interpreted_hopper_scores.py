@@ -41,7 +41,7 @@ KERNEL = hopper_scores._hopper_scores
 @pytest.fixture
 def play(monkeypatch):
     """Run calls on the played machine; return a function that chooses the order of its events."""
-    monkeypatch.setattr(hopper_launch, "_ABSENT_MULTIPROCESSORS", 2)
+    monkeypatch.setattr(hopper_scores, "multiprocessors", lambda device: 2)
     monkeypatch.setattr(hopper_scores, "launching_on", lambda *_: contextlib.nullcontext())
 
     def choose(seed):
