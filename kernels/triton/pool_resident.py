@@ -9,7 +9,6 @@ Numerics: those of ``pool_features``.
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -22,6 +21,7 @@ from seer_compile.kernels.triton.primitives import (
     multiprocessors,
     padded_dim,
 )
+from seer_compile.kernels.triton.tuning import shared_memory
 from seer_compile.types import POOL_KINDS
 
 _ROWS = 64
@@ -190,7 +190,7 @@ def takes(tokens: Tensor, weight: Tensor, size: int, kinds: str, groups: int) ->
     tiles = tokens.shape[0] * tokens.shape[1] * tokens.shape[2] // (_ROWS * size)
     if tiles < _LEAST_TILES * multiprocessors(tokens.device):
         return False
-    return _shared_bytes(tokens, weight, size) <= _most_shared(tokens.device)
+    return _shared_bytes(tokens, weight, size) <= shared_memory(tokens.device)
 
 
 def _shared_bytes(tokens: Tensor, weight: Tensor, size: int) -> int:
@@ -199,10 +199,6 @@ def _shared_bytes(tokens: Tensor, weight: Tensor, size: int) -> int:
     numbers = 3 * channels * padded_dim(weight.shape[2])
     numbers += (_STAGES - 1) * _ROWS * size * channels + _ROWS * _DIMS
     return numbers * tokens.element_size()
-
-
-def _most_shared(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def launch(tokens: Tensor, weight: Tensor, size: int, kinds: str) -> Tensor:
