@@ -21,7 +21,6 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from seer_compile.kernels.triton.hopper_launch import (
     TILE_ROWS,
     describe,
-    is_hopper,
     make_barriers,
     make_ring,
     memory_obstacle,
@@ -32,6 +31,7 @@ from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     ceil_div,
     fine_rules,
+    is_hopper,
     launching_on,
     make_band,
     multiprocessors,

@@ -61,9 +61,3 @@ def describe(tensor: Tensor) -> TensorDescriptor:
 def _layout(dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
     element = gl.bfloat16 if dtype is torch.bfloat16 else gl.float16
     return gl.NVMMASharedLayout.get_default_for([1, 1, TILE_ROWS, dim], element)
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Whether a GPU is one of Hopper's; PyTorch takes microseconds to say."""
-    return torch.cuda.get_device_capability(device)[0] == 9

@@ -25,13 +25,13 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from seer_compile.kernels.triton.hopper_launch import (
     describe,
-    is_hopper,
     make_barriers,
     memory_obstacle,
 )
 from seer_compile.kernels.triton.hopper_score_warps import copy_features, finish, score
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
+    is_hopper,
     launching_on,
     make_band,
     multiprocessors,

@@ -17,6 +17,7 @@ from seer_compile.kernels.triton.pool_steps import pool_chunk
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
     empty_features,
+    is_hopper,
     launching_on,
     multiprocessors,
     padded_dim,
@@ -181,9 +182,12 @@ def _pool_resident(
 def takes(tokens: Tensor, weight: Tensor, size: int, kinds: str, groups: int) -> bool:
     """Whether this kernel is meant for a call: many tokens of single heads, pooled in every way.
 
-    Weights and tiles must fit the shared memory of the device, which those of Hopper do at D128.
+    On Hopper, where its products read weights from shared memory and it was measured. The products
+    of other GPUs but sm_100 take them from registers, and a thousand bytes of them are spilt.
     """
-    if not tokens.is_cuda or groups > 1 or set(kinds.split(",")) != set(POOL_KINDS):
+    if groups > 1 or set(kinds.split(",")) != set(POOL_KINDS):
+        return False
+    if not tokens.is_cuda or not is_hopper(tokens.device):
         return False
     if size not in (2, 4, 8) or tokens.shape[3] > 2 * _DIMS:
         return False

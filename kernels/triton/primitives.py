@@ -151,6 +151,12 @@ def positive_scale(scale: float) -> float:
 
 
 @functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Whether a GPU is one of Hopper's; PyTorch takes microseconds to say."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """Return how many programs a device runs side by side, one per multiprocessor."""
     if device.type != "cuda":
