@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from seer_compile.allocation import ALLOCATIONS, Allocation
+from seer_compile.allocation import Allocation, check_known, check_shares
 from seer_compile.budget_curve import check_fraction
 from seer_compile.calibration.record import split_batch
 from seer_compile.config import CalibrationConfig
-from seer_compile.errors import CalibrationDataError, RangeError, SeerInputError
+from seer_compile.errors import CalibrationDataError, SeerInputError
 
 DEFAULT_MASS = 0.95
 """Share of the attention mass captured at every site when no target is given."""
@@ -56,14 +56,9 @@ def check_allocation(
     """
     if allocation is None:
         return
-    if allocation not in ALLOCATIONS:
-        raise RangeError(argument="allocation", got=allocation, expected=f"one of {ALLOCATIONS}")
-    if targets.density is None and targets.latency is None:
-        raise SeerInputError(
-            argument="allocation",
-            got=allocation,
-            expected="None, or a target of density or latency: others are set per site",
-        )
+    check_known(allocation)
+    (target,) = (name for name, value in targets._asdict().items() if value is not None)
+    check_shares(allocation, target)
     needed = _MEASURED_BY.get(allocation)
     if needed is not None and not getattr(config, needed):
         raise SeerInputError(

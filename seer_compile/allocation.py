@@ -10,7 +10,7 @@ from typing import Literal, get_args
 import numpy as np
 
 from seer_compile.budget_curve import BudgetCurve, check_fraction
-from seer_compile.errors import ModelStateError, RangeError
+from seer_compile.errors import ModelStateError, RangeError, SeerInputError
 from seer_compile.sensitivity import SensitivityCurve
 from seer_compile.shares import ShareTable
 
@@ -85,6 +85,28 @@ def allocate(
     )
 
 
+def check_known(allocation: Allocation) -> None:
+    """Raise unless an allocation is known.
+
+    Raises:
+        RangeError: It is not.
+    """
+    if allocation not in ALLOCATIONS:
+        raise RangeError(argument="allocation", got=allocation, expected=f"one of {ALLOCATIONS}")
+
+
+def check_shares(allocation: Allocation | None, target: str) -> None:
+    """Raise where an allocation is given for a target that is set per site.
+
+    Raises:
+        SeerInputError: It is.
+    """
+    if allocation is not None and target not in ("density", "latency"):
+        raise SeerInputError(
+            argument="allocation", got=allocation, expected=f"None: {target} is set per site"
+        )
+
+
 def choose_allocation(
     allocation: Allocation | None,
     sensitivities: Mapping[str, SensitivityCurve | None],
@@ -107,8 +129,7 @@ def choose_allocation(
     absent = sorted(name for name, curve in sensitivities.items() if curve is None)
     if allocation is None:
         return "uniform" if absent else "sensitivity"
-    if allocation not in ALLOCATIONS:
-        raise RangeError(argument="allocation", got=allocation, expected=f"one of {ALLOCATIONS}")
+    check_known(allocation)
     if allocation == "sensitivity" and absent:
         raise ModelStateError(
             f"the sensitivity of {absent[0]!r} was not measured",

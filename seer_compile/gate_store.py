@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seer_compile.allocation import Allocation
+from seer_compile.allocation import Allocation, check_shares
 from seer_compile.budget_curve import check_fraction
 from seer_compile.budget_tables import budget_tables
 from seer_compile.config import GateConfig, check_type
@@ -211,10 +211,7 @@ class GateStore(nn.Module):
             raise SeerInputError(argument="targets", got=given, expected=expected)
         ((target, value),) = given.items()
         check_fraction(target, value)
-        if allocation is not None and target not in ("density", "latency"):
-            raise SeerInputError(
-                argument="allocation", got=allocation, expected=f"None: {target} is set per site"
-            )
+        check_shares(allocation, target)
         with self._lock:
             if not self._names:
                 raise ModelStateError(
