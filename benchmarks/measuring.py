@@ -106,23 +106,25 @@ def device_ms(call: Call, device: str, *, budget_ms: float = 60.0) -> float:
     with torch.cuda.stream(stream):
         for _ in range(2):
             call()
-        once = _elapsed(call)
+        once = elapsed_ms(call)
         calls = max(1, min(100, int(budget_ms / 6 / max(once, 1e-3))))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, stream=stream):
             for _ in range(calls):
                 call()
         graph.replay()
-        times = [_elapsed(graph.replay) for _ in range(5)]
+        times = [elapsed_ms(graph.replay) for _ in range(5)]
     torch.cuda.current_stream().wait_stream(stream)
     del graph
     return min(times) / calls
 
 
-def _elapsed(call: Call) -> float:
+def elapsed_ms(call: Call, calls: int = 1) -> float:
+    """Return the milliseconds that the GPU takes for some calls in a row, gaps and all."""
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     begin.record()
-    call()
+    for _ in range(calls):
+        call()
     end.record()
     end.synchronize()
     return begin.elapsed_time(end)

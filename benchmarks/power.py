@@ -26,7 +26,16 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from kernels_speed import Bench, check_forward
-from measuring import BACKENDS, Call, Row, add_common_options, context, table, write_rows
+from measuring import (
+    BACKENDS,
+    Call,
+    Row,
+    add_common_options,
+    context,
+    elapsed_ms,
+    table,
+    write_rows,
+)
 
 from seer_compile.kernels import engines
 
@@ -96,17 +105,6 @@ def current_uuid() -> str:
     """
     uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
     return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-
-
-def elapsed_ms(call: Call, calls: int) -> float:
-    """Return the milliseconds between the first and the last of some calls."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    begin.record()
-    for _ in range(calls):
-        call()
-    end.record()
-    end.synchronize()
-    return begin.elapsed_time(end)
 
 
 def cases(dims: tuple[int, ...]) -> Iterator[tuple[Row, Call, float]]:
