@@ -179,7 +179,10 @@ def _density_note(row: EvaluationRow) -> str:
         f"{row.density:.3g} kept. "
     )
     if row.density > asked:
-        return found + "Every selection keeps the query's own block, the first and the best"
+        return (
+            found + "Every selection keeps the query's own block, the first and the best, and "
+            "budgets are reckoned where a length was not measured"
+        )
     return (
         found + "Budgets hold for lengths on which they were measured: "
         f"seer-compile calibrate --curve-lengths {row.length}"

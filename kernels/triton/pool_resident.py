@@ -34,7 +34,7 @@ _STAGES = 3
 32,768 tokens and 0.087 at 131,072; two 0.040 and 0.121, one 0.046 and 0.145; ``pool_features``
 0.051 and 0.166.)"""
 _LEAST_TILES = 4
-"""Per program and head, below which loading the weights is not worth it."""
+"""Tiles per multiprocessor, below which loading the weights is not worth it."""
 
 
 @triton.jit
