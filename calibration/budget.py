@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from seer_compile.calibration.curve_sums import (
 )
 from seer_compile.calibration.record import Run, dense_answer, gate_of
 from seer_compile.calibration.site_trainer import no_site
+from seer_compile.calibration.spans import Span, spans_of
 from seer_compile.calibration.targets import attention_mass
 from seer_compile.errors import CalibrationDataError
 from seer_compile.gate import AttnGate
@@ -60,8 +61,6 @@ GRIDS = {
 
 # Lengths closer than this many steps per octave share a row of the curve.
 _STEPS_PER_OCTAVE = 2
-_LEAST_HALF_BLOCKS = 32
-"""Key blocks, below which what every selection keeps hides the trend."""
 _SCORES_AT_ONCE = 8 * 2**20
 """Block scores that selections of several budgets are made from in one call: 32 MB."""
 
@@ -132,41 +131,6 @@ def tabulate(
     return recorder.tables()
 
 
-class _Span(NamedTuple):
-    """The first rows of a call, which are a shorter call of their own, or all of them."""
-
-    tokens: int
-    rows: int
-    """Query blocks."""
-    columns: int
-    """Key blocks."""
-    is_half: bool = False
-
-    def of(self, blocks: Tensor) -> Tensor:
-        """Return the part of ``[... m n]`` that these rows may see."""
-        return blocks[..., : self.rows, : self.columns]
-
-
-def _spans(gate: AttnGate, inputs: SiteInputs) -> list[_Span]:
-    """Return the whole call and, where attention is causal, its first half.
-
-    A causal row knows nothing of what comes after it, so the first half of a sequence is measured
-    exactly as a sequence of half the length would be, and two lengths show a trend.
-    """
-    size, (q_len, k_len) = gate.config.block_size, (inputs.query.shape[-2], inputs.key.shape[-2])
-    spans = [_Span(k_len, -(-q_len // size.query), -(-k_len // size.key))]
-    step = math.lcm(size.query, size.key)
-    half = k_len // 2 // step * step
-    if q_len != k_len or half // size.key < _LEAST_HALF_BLOCKS:
-        return spans
-    visibility, padding = inputs.visibility, inputs.visibility.key_padding
-    is_causal = visibility.upper == 0 and visibility.offset is None
-    # A tokenizer hands over a mask where nothing is padding as well.
-    if is_causal and (padding is None or bool(padding.all())):
-        spans.append(_Span(half, half // size.query, half // size.key, is_half=True))
-    return spans
-
-
 class CurveRecorder:
     """The site handler that measures: a dense answer, and sums for the curves."""
 
@@ -212,7 +176,7 @@ class CurveRecorder:
         captured_by, needed = shared.mean(2), shared.amax(2)
         visible, distance = block_visibility(gate, inputs), _distance_to_diagonal(gate, inputs)
         sink = _sink(visible, inputs, size.key)
-        spans = [(span, self._sums_of(inputs.name, gate, span)) for span in _spans(gate, inputs)]
+        spans = [(span, self._sums_of(inputs.name, gate, span)) for span in spans_of(gate, inputs)]
         for span, sums in spans:
             part, seen = span.of(captured_by), span.of(visible)
             sums.add_rows(span.tokens, part, seen, is_half=span.is_half)
@@ -236,7 +200,7 @@ class CurveRecorder:
                             sums.add_error(first + place, *parts)
         self._keep_map(inputs.name, k_len, scores, needed)
 
-    def _sums_of(self, name: str, gate: AttnGate, span: _Span) -> CurveSums:
+    def _sums_of(self, name: str, gate: AttnGate, span: Span) -> CurveSums:
         by_bucket = self._sums.setdefault(name, {})
         bucket = round(_STEPS_PER_OCTAVE * math.log2(max(span.tokens, 1)))
         return by_bucket.setdefault(bucket, CurveSums(len(self.grid), gate.selection_heads))

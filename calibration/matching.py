@@ -6,6 +6,7 @@ one budget per site, over all its rows and heads, is solved on the input at hand
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -23,10 +24,18 @@ class MatchedSelection(NamedTuple):
     selection: BlockSelection
     budget: float
     """The selector's budget that was solved for."""
-    kept: int
-    """Blocks kept, over batch, heads and rows."""
-    visible: int
-    """Blocks visible, over batch, heads and rows."""
+    visible_counts: Tensor
+    """``Int32[b s m]``: visible blocks of each row."""
+
+    @property
+    def kept(self) -> int:
+        """Blocks kept, over batch, heads and rows."""
+        return int(self.selection.counts.sum())
+
+    @property
+    def visible(self) -> int:
+        """Blocks visible, over batch, heads and rows."""
+        return int(self.visible_counts.sum())
 
 
 def select(
@@ -48,11 +57,6 @@ def select(
     )
 
 
-def count_visible(scores: Tensor, inputs: SiteInputs, block_size: BlockSize) -> int:
-    """Count visible blocks over batch, heads and rows."""
-    return int(select(scores, inputs, block_size, "top_p", 1.0).counts.sum())
-
-
 def match_density(
     scores: Tensor, inputs: SiteInputs, block_size: BlockSize, *, selector: str, density: float
 ) -> MatchedSelection:
@@ -71,36 +75,36 @@ def match_density(
         the scores and a few ``Float64[b s m n]``.
     """
     check_fraction("density", density)
-    visible = count_visible(scores, inputs, block_size)
+    full = select(scores, inputs, block_size, "top_p", 1.0)
+    visible = int(full.counts.sum())
     wanted = density * visible
     if wanted >= visible:
-        full = select(scores, inputs, block_size, "top_p", 1.0)
-        return MatchedSelection(full, 1.0, visible, visible)
-    if selector == "top_p":
-        return _match_mass(scores, inputs, block_size, wanted, visible)
-    return _match_fraction(scores, inputs, block_size, wanted, visible)
+        return MatchedSelection(full, 1.0, full.counts)
+    match = _match_mass if selector == "top_p" else _match_fraction
+    selection, budget = match(scores, inputs, block_size, wanted)
+    return MatchedSelection(selection, budget, full.counts)
 
 
 def _match_fraction(
-    scores: Tensor, inputs: SiteInputs, block_size: BlockSize, wanted: float, visible: int
-) -> MatchedSelection:
-    low, high = 0.0, 1.0
-    best: MatchedSelection | None = None
+    scores: Tensor, inputs: SiteInputs, block_size: BlockSize, wanted: float
+) -> tuple[BlockSelection, float]:
+    low, high, nearest = 0.0, 1.0, math.inf
+    best: tuple[BlockSelection, float] | None = None
     while best is None or high - low > 1e-9:
         budget = (low + high) / 2
         selection = select(scores, inputs, block_size, "fraction", budget)
         kept = int(selection.counts.sum())
-        if best is None or abs(kept - wanted) < abs(best.kept - wanted):
-            best = MatchedSelection(selection, budget, kept, visible)
-        if abs(kept - wanted) < 1:
+        if abs(kept - wanted) < nearest:
+            nearest, best = abs(kept - wanted), (selection, budget)
+        if nearest < 1:
             break
         low, high = (budget, high) if kept < wanted else (low, budget)
     return best
 
 
 def _match_mass(
-    scores: Tensor, inputs: SiteInputs, block_size: BlockSize, wanted: float, visible: int
-) -> MatchedSelection:
+    scores: Tensor, inputs: SiteInputs, block_size: BlockSize, wanted: float
+) -> tuple[BlockSelection, float]:
     """Threshold the share of mass that a row would lose with a block and all smaller ones.
 
     Top-p keeps a block exactly when that share exceeds ``1 - p``. Compared as it is, it resolves
@@ -119,7 +123,7 @@ def _match_mass(
     counts = keep.sum(-1, dtype=torch.int32)
     indices = torch.argsort(~keep, dim=-1, stable=True).to(torch.int32)
     share = min(max(float(threshold), 0.0), 1.0)
-    return MatchedSelection(BlockSelection(indices, counts), 1 - share, int(counts.sum()), visible)
+    return BlockSelection(indices, counts), 1 - share
 
 
 def _mass_up_to(values: Tensor) -> Tensor:

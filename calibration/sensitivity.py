@@ -1,5 +1,8 @@
 """Which sites cost the model's output most: one site sparse at a time, all others dense.
 
+Where every site is causal, the first half of a sequence is measured as one of its own, as budgets
+are: a tenth of the blocks of a short sequence is fewer blocks, and costs more.
+
 Letters of shapes: see :mod:`seer_compile.types`. D is the number of densities.
 """
 
@@ -18,6 +21,7 @@ from tqdm.auto import tqdm
 from seer_compile.calibration import distributed
 from seer_compile.calibration.matching import attend_at_density
 from seer_compile.calibration.record import Run, dense_answer, gate_of
+from seer_compile.calibration.spans import Span, spans_of
 from seer_compile.errors import CalibrationDataError
 from seer_compile.gate_store import GateStore
 from seer_compile.sensitivity import SensitivityCurve
@@ -47,6 +51,9 @@ class DenseOutput:
 
     def __init__(self, output: Any) -> None:
         self.is_logits, rows = _rows_of(output)
+        self.tokens = rows.shape[-2] if rows.ndim > 2 else None
+        """Rows of one sequence; None where the output has no axis for them."""
+        rows = rows.reshape(-1, rows.shape[-1])
         held = max(1, _HELD_BYTES // max(1, rows.shape[-1] * rows.element_size()))
         self._step = -(-rows.shape[0] // held)
         self._rows = rows[:: self._step].clone()
@@ -58,22 +65,42 @@ class DenseOutput:
         in nats, mean over rows. Otherwise the squared error relative to the squared norm of the
         dense output.
         """
-        rows = _rows_of(output)[1][:: self._step]
+        return self.divergences(output, (self.tokens,))[0]
+
+    def divergences(self, output: Any, ends: Sequence[int | None]) -> list[float]:
+        """Return the divergence over the first rows of every sequence, for several ends of them.
+
+        Args:
+            output: Of the same call.
+            ends: Rows of a sequence; None for all.
+        """
+        wrong, norm = self._compare(_rows_of(output)[1])
+        places = torch.arange(len(wrong), device=wrong.device) * self._step % (self.tokens or 1)
+        found = []
+        for end in ends:
+            is_counted = places < (self.tokens or 1 if end is None else end)
+            least = torch.finfo(torch.float32).tiny
+            value = float(wrong[is_counted].sum() / norm[is_counted].sum().clamp(min=least))
+            # Rounding can make nothing slightly negative; written so that NaN stays NaN.
+            found.append(0.0 if value < 0 else value)
+        return found
+
+    def _compare(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Return what is wrong with each row that is held, and its norm: ``Float64[rows]``."""
+        rows = rows.reshape(-1, rows.shape[-1])[:: self._step]
         step = max(1, _CHUNK_BYTES // max(1, 4 * rows.shape[-1]))
-        wrong = torch.zeros((), dtype=torch.float64, device=rows.device)
-        norm = wrong.clone()
+        wrong, norm = [], []
         for pair in zip(self._rows.split(step), rows.split(step), strict=True):
             dense, sparse = (part.float() for part in pair)
             if self.is_logits:
                 log_dense, log_sparse = dense.log_softmax(-1), sparse.log_softmax(-1)
-                wrong += (log_dense.exp() * (log_dense - log_sparse)).sum(dtype=torch.float64)
-                norm += dense.shape[0]
+                part = log_dense.exp() * (log_dense - log_sparse)
+                wrong.append(part.sum(-1, dtype=torch.float64))
+                norm.append(torch.ones_like(wrong[-1]))
             else:
-                wrong += (dense - sparse).square().sum(dtype=torch.float64)
-                norm += dense.square().sum(dtype=torch.float64)
-        found = float(wrong / norm.clamp(min=torch.finfo(torch.float32).tiny))
-        # Rounding can make nothing slightly negative; written so that NaN stays NaN.
-        return 0.0 if found < 0 else found
+                wrong.append((dense - sparse).square().sum(-1, dtype=torch.float64))
+                norm.append(dense.square().sum(-1, dtype=torch.float64))
+        return torch.cat(wrong), torch.cat(norm)
 
 
 class OneSparseSite:
@@ -81,20 +108,31 @@ class OneSparseSite:
 
     def __init__(self, store: GateStore, name: str | None, density: float) -> None:
         self.store, self.name, self.density = store, name, density
-        self.kept = self.visible = 0
-        self.lengths: dict[str, int] = {}
-        """Key tokens of every site met."""
+        self.spans: dict[str, list[Span]] = {}
+        """Of every site met: the whole call, and its first half where that is one."""
+        self._kept: Counter[int] = Counter()
+        self._visible: Counter[int] = Counter()
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Answer one site."""
         gate = gate_of(self.store, inputs)
-        self.lengths[inputs.name] = inputs.key.shape[-2]
+        spans = self.spans[inputs.name] = spans_of(gate, inputs)
         if inputs.name != self.name:
             return dense_answer(gate, inputs)
         out, matched = attend_at_density(gate, inputs, self.density)
-        self.kept += matched.kept
-        self.visible += matched.visible
+        for span in spans:
+            self._kept[span.tokens] += int(matched.selection.counts[..., : span.rows].sum())
+            self._visible[span.tokens] += int(matched.visible_counts[..., : span.rows].sum())
         return out
+
+    @property
+    def lengths(self) -> dict[str, int]:
+        """Key tokens of every site met."""
+        return {name: spans[0].tokens for name, spans in self.spans.items()}
+
+    def measured_density(self, tokens: int) -> float:
+        """Kept / visible blocks over the first so many tokens, a length of :attr:`spans`."""
+        return self._kept[tokens] / max(self._visible[tokens], 1)
 
 
 class _Point(NamedTuple):
@@ -144,12 +182,26 @@ def measure_sensitivity(
             names = tqdm(
                 observer.lengths, desc="Measuring sensitivity", unit="site", disable=hidden
             )
+            ends = _ends(observer, dense)
             for name in names:
-                points = _points(run, store, batch, dense, name, densities)
-                by_length = found.setdefault(name, {})
-                by_length.setdefault(observer.lengths[name], []).append(points)
+                points = _points(run, store, batch, dense, name, densities, ends.get(name, ()))
+                for tokens, part in points.items():
+                    found.setdefault(name, {}).setdefault(tokens, []).append(part)
     curves = {name: _curve(by_length) for name, by_length in found.items()}
     return distributed.everywhere(store, curves, SensitivityCurve.from_json)
+
+
+def _ends(observer: OneSparseSite, dense: DenseOutput) -> dict[str, tuple[int, ...]]:
+    """Return, per site, the lengths below the whole at which a call is measured as well.
+
+    The output of a first half is that of the half alone where no site looks ahead, all halves end
+    at one token, and the output has a row per token.
+    """
+    halves = {spans[-1].tokens for spans in observer.spans.values()}
+    is_split = all(len(spans) == 2 for spans in observer.spans.values())
+    if not is_split or len(halves) != 1 or set(observer.lengths.values()) != {dense.tokens}:
+        return {}
+    return dict.fromkeys(observer.spans, tuple(halves))
 
 
 def _points(
@@ -159,24 +211,35 @@ def _points(
     dense: DenseOutput,
     name: str,
     densities: Sequence[float],
-) -> list[_Point]:
-    points: list[_Point] = []
+    halves: tuple[int, ...],
+) -> dict[int, list[_Point]]:
+    """Return a point per density, at the length of the batch and at its half."""
+    points: list[dict[int, _Point]] = []
     for density in densities:
-        # What every selection keeps can be more than is asked for.
-        is_reached = bool(points) and density <= points[-1].density
+        # What every selection keeps can be more than is asked for; the whole comes first.
+        if points and density <= next(iter(points[-1].values())).density:
+            points.append(points[-1])
+            continue
         handler = OneSparseSite(store, name, density)
-        points.append(points[-1] if is_reached else _point(handler, dense, run(batch, handler)))
-    return points
+        points.append(_point(handler, dense, run(batch, handler), halves))
+    return {tokens: [point[tokens] for point in points] for tokens in points[0]} if points else {}
 
 
-def _point(handler: OneSparseSite, dense: DenseOutput, output: Any) -> _Point:
-    divergence = dense.divergence(output)
-    if not math.isfinite(divergence):
+def _point(
+    handler: OneSparseSite, dense: DenseOutput, output: Any, halves: tuple[int, ...]
+) -> dict[int, _Point]:
+    assert handler.name is not None
+    tokens = (handler.lengths[handler.name], *halves)
+    divergences = dense.divergences(output, (None, *halves))
+    if not all(map(math.isfinite, divergences)):
         raise CalibrationDataError(
             "the model's output on a held-out batch is not finite",
             context={"sparse site": handler.name, "density": handler.density},
         )
-    return _Point(handler.kept / max(handler.visible, 1), divergence)
+    return {
+        length: _Point(handler.measured_density(length), divergence)
+        for length, divergence in zip(tokens, divergences, strict=True)
+    }
 
 
 def _curve(by_length: Mapping[int, list[list[_Point]]]) -> SensitivityCurve:
@@ -193,12 +256,12 @@ def _curve(by_length: Mapping[int, list[list[_Point]]]) -> SensitivityCurve:
 
 
 def _rows_of(output: Any) -> tuple[bool, Tensor]:
-    """Return whether the output is logits, and ``Float[rows channels]``."""
+    """Return whether the output is logits, and ``Float[... channels]``."""
     logits = output.get("logits") if isinstance(output, Mapping) else None
     logits = getattr(output, "logits", logits)
     if isinstance(logits, Tensor) and logits.is_floating_point():
-        return True, logits.detach().flatten(0, -2)
+        return True, logits.detach()
     for leaf in pytree.tree_leaves(output):
         if isinstance(leaf, Tensor) and leaf.is_floating_point() and leaf.ndim:
-            return False, leaf.detach().reshape(-1, leaf.shape[-1])
+            return False, leaf.detach()
     raise CalibrationDataError("the model returns no floating-point tensor to compare")

@@ -214,13 +214,13 @@ def _lost_mass(curve: BudgetCurve, length: float) -> _Points:
 
 def _divergence(curve: SensitivityCurve, length: float, least: float, reach: float) -> _Points:
     measured = curve.least_density(length)
-    is_beyond = length > curve.lengths[-1]
-    least = least if is_beyond else max(least, measured)
+    is_outside = not curve.lengths[0] <= length <= curve.lengths[-1]
+    least = least if is_outside else max(least, measured)
     grid = np.geomspace(least, max(reach, least), _GRID_POINTS)
     known = grid
-    if is_beyond and least < measured < 1:
-        # Densities of longer sequences are smaller, the least one like all the others; all blocks
-        # are all blocks.
+    if is_outside and 0 < least < 1 and 0 < measured < 1:
+        # The same blocks are a smaller share of a longer sequence and a larger one of a shorter:
+        # the least density moves, the others with it, and all blocks stay all blocks.
         known = grid ** (math.log(measured) / math.log(least))
     return list(zip(grid.tolist(), curve.at(length, known).tolist(), strict=True))
 

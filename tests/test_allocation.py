@@ -1,6 +1,7 @@
 """Sites share an average density: whoever needs blocks most gets them."""
 
 import itertools
+import math
 
 import numpy as np
 import pytest
@@ -181,6 +182,33 @@ def test_equal_budget_gives_the_asked_mean_with_one_budget():
     assert sum(shares.values()) / 2 == pytest.approx(0.15, rel=0.02)
     found = [curve.budget_for(1024, density=shares[name]) for name, curve in curves.items()]
     assert found[0] == pytest.approx(found[1], abs=1e-3)
+
+
+def test_below_measured_lengths_a_share_is_fewer_blocks():
+    """Half as many tokens: what cost nothing at a tenth of 8,192 is a fifth of 4,096."""
+    curves = {
+        name: BudgetCurve(
+            selector="top_p",
+            lengths=(4096, 8192),
+            budgets=(0.5, 0.9, 1.0),
+            densities=((0.09, 0.4, 1.0), (0.045, 0.3, 1.0)),
+            captured_mass=((0.6, 0.92, 1.0), (0.55, 0.9, 1.0)),
+        )
+        for name in ("cliff", "slope")
+    }
+    at_8192 = {"cliff": (0.3, 0.2, 1e-6, 1e-7), "slope": (0.02, 0.018, 0.015, 0.01)}
+    known = {
+        name: SensitivityCurve(
+            lengths=(8192,), densities=((0.045, 0.08, 0.1, 0.3),), divergences=(row,)
+        )
+        for name, row in at_8192.items()
+    }
+    longer = allocate(curves, 0.12, length=8192, sensitivities=known)
+    shorter = allocate(curves, 0.2, length=4096, sensitivities=known)
+    assert 0.08 < longer["cliff"] < 0.1
+    expected = longer["cliff"] ** (math.log(0.09) / math.log(0.045))
+    assert expected > 1.5 * longer["cliff"]
+    assert shorter["cliff"] == pytest.approx(expected, rel=0.05)
 
 
 def test_beyond_measured_lengths_the_least_density_falls_with_the_curve():

@@ -1,7 +1,5 @@
 """Curves: what is measured equals what a selection really keeps and captures."""
 
-import dataclasses
-
 import pytest
 import torch
 
@@ -20,30 +18,17 @@ from seer_compile.errors import CalibrationDataError
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SHARINGS, BlockSize
 from support.inputs import random_selection
-from support.planted import BLOCK, PlantedModel, batches
+from support.planted import BLOCK, FirstHalf, PlantedModel, batches
 
 SIZE = BlockSize(query=BLOCK, key=BLOCK)
 CONFIG = GateConfig(gate_dim=32, block_size=SIZE)
 GRID = (0.2, 0.5, 0.9, 1.0)
-OPERANDS = ("query", "key", "value")
 
 
 def measure(data, config=CONFIG, grid=GRID, model=None, **options):
     store = GateStore(config)
     model = model or PlantedModel()
     return store, tabulate(model.run, store, data, grid=grid, **options)
-
-
-class FirstHalf(PlantedModel):
-    """The same model on the first half of every sequence."""
-
-    def run(self, batch, handler):
-        def on_half(inputs):
-            tokens = inputs.query.shape[-2] // 2
-            parts = {name: getattr(inputs, name)[..., :tokens, :] for name in OPERANDS}
-            return handler(dataclasses.replace(inputs, **parts))
-
-        return super().run(batch, on_half)
 
 
 def kept_map(selection, blocks):

@@ -10,14 +10,14 @@ from seer_compile.calibration.sensitivity import DenseOutput, measure_sensitivit
 from seer_compile.errors import CalibrationDataError
 from seer_compile.gate_store import GateStore
 from support.calibrate_planted import GATES
-from support.planted import PlantedModel, batches
+from support.planted import FirstHalf, PlantedModel, batches
 
 WEIGHTS = (1.0, 0.03)
 
 
-def run(batch, handler):
+def run(batch, handler, model=PlantedModel):
     """Two sites whose outputs enter with very different weights."""
-    first, second = PlantedModel().run(batch, handler)
+    first, second = model().run(batch, handler)
     return SimpleNamespace(logits=WEIGHTS[0] * first + WEIGHTS[1] * second)
 
 
@@ -59,6 +59,38 @@ def test_densities_are_those_measured(curves):
         smallest, middle, large = curve.densities[0]
         assert smallest > 0.05  # diagonal, sink and the best block are always kept
         assert (middle, large) == (pytest.approx(0.3, abs=0.03), pytest.approx(0.6, abs=0.03))
+
+
+def test_the_first_half_of_a_causal_sequence_is_measured_as_a_sequence_of_its_own():
+    def on_half(batch, handler):
+        return run(batch, handler, FirstHalf)
+
+    data, store = batches(1, 1024), GateStore(GATES)
+    found = measure_sensitivity(run, store, data, densities=(0.05, 0.2, 0.5))
+    for name, curve in found.items():
+        assert curve.lengths == (512, 1024)
+        assert curve.densities[0][0] > curve.densities[1][0]
+        for density, divergence in zip(curve.densities[0], curve.divergences[0], strict=True):
+            alone = measure_sensitivity(on_half, store, data, densities=(density,))[name]
+            assert alone.lengths == (512,)
+            assert alone.densities[0] == pytest.approx([density])
+            assert alone.divergences[0] == pytest.approx([divergence], rel=1e-5)
+
+
+def mixed_with_what_is_ahead(batch, handler):
+    output = run(batch, handler)
+    output.logits = output.logits[:, :, -1:]
+    return output
+
+
+def padded(batch, handler):
+    return run({**batch, "real": torch.tensor(1000)}, handler)
+
+
+@pytest.mark.parametrize("forward", [mixed_with_what_is_ahead, padded])
+def test_a_half_is_measured_only_where_the_output_has_a_half(forward):
+    found = measure_sensitivity(forward, GateStore(GATES), batches(1, 1024), densities=(0.3,))
+    assert [curve.lengths for curve in found.values()] == [(1024,)] * 2
 
 
 def test_divergence_is_that_of_an_independent_formula():

@@ -7,6 +7,8 @@ it, maxima and minima do: an untrained gate finds little, and a trained one find
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor, nn
 
@@ -16,6 +18,7 @@ from support.inputs import generator, key_padding
 BLOCK = 16
 RUN = 8
 HEAD_DIM = 24
+OPERANDS = ("query", "key", "value")
 
 
 class PlantedModel(nn.Module):
@@ -77,6 +80,20 @@ class PlantedModel(nn.Module):
             sought = int(torch.randint(0, block + 1, (), generator=draw))
             query[:, :, start:end] += codes[:, sought, None].repeat_interleave(group, 0)
         return query, key, torch.randn(1, self.kv_heads, length, HEAD_DIM, generator=draw)
+
+
+class FirstHalf(PlantedModel):
+    """The same model on the first half of every sequence."""
+
+    def run(self, batch, handler) -> list[Tensor]:
+        """Answer both sites by a handler that sees the half."""
+
+        def on_half(inputs: SiteInputs) -> Tensor:
+            tokens = inputs.query.shape[-2] // 2
+            parts = {name: getattr(inputs, name)[..., :tokens, :] for name in OPERANDS}
+            return handler(dataclasses.replace(inputs, **parts))
+
+        return super().run(batch, on_half)
 
 
 def batches(count: int, *lengths: int, first: int = 0) -> list[dict[str, Tensor]]:
