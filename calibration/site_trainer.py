@@ -12,6 +12,7 @@ from torch import Tensor
 from seer_compile.calibration import distributed
 from seer_compile.calibration.losses import backward
 from seer_compile.calibration.record import dense_answer, gate_of
+from seer_compile.calibration.replay import UpdateReplay
 from seer_compile.calibration.schedule import learning_rate
 from seer_compile.calibration.statistics_start import fit_to_statistics
 from seer_compile.calibration.targets import far_row_weights, gate_target, sample_rows
@@ -32,6 +33,7 @@ class GateTrainer:
         self.losses: list[dict[str, float]] = []
         self._current: dict[str, Tensor] = {}
         """Of the sites reached in this step: see :meth:`_update`."""
+        self._replay = UpdateReplay(self._train)
 
     def add(self, name: str, gate: AttnGate, inputs: SiteInputs | None = None) -> None:
         """Start to train a gate; ``inputs`` of its site are what statistics are taken from."""
@@ -41,12 +43,15 @@ class GateTrainer:
             with _plain_numerics(inputs.query.device):
                 fit_to_statistics(gate, inputs, seed=f"{self.config.seed}:{name}")
         gate.requires_grad_(True)
+        is_cuda = gate.query_weight.is_cuda
         self.optimizers[name] = torch.optim.AdamW(
             gate.parameters(),
-            lr=0.0,
+            # A number would be recorded with an update that is replayed.
+            lr=torch.zeros((), device=gate.query_weight.device) if is_cuda else 0.0,
             weight_decay=self.config.weight_decay,
             # One launch where the host would make ten.
-            fused=gate.query_weight.is_cuda,
+            fused=is_cuda,
+            capturable=is_cuda,
         )
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
@@ -106,13 +111,24 @@ class GateTrainer:
 
         Nothing waits for the device; the step's end reads the numbers of all sites at once.
         """
-        optimizer, config = self.optimizers[inputs.name], self.config
+        config = self.config
         rows = sample_rows(
             -(-inputs.query.shape[-2] // gate.config.query_sub_block),
             config.rows_per_step,
             key=f"{config.seed}:{self.step}:{distributed.rank()}:{inputs.name}",
             device=inputs.query.device,
         )
+        group, rate = self.optimizers[inputs.name].param_groups[0], learning_rate(self.step, config)
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(rate)
+        else:
+            group["lr"] = rate
+        # Collectives are not replayed, nor is an average whose pace depends on the step.
+        is_single = not distributed.is_on() and not config.average
+        return (self._replay if is_single else self._train)(gate, inputs, rows)
+
+    def _train(self, gate: AttnGate, inputs: SiteInputs, rows: Tensor | None) -> Tensor:
+        optimizer, config = self.optimizers[inputs.name], self.config
         target, counts = gate_target(
             inputs, gate.config, kind=config.target, sharpness=config.sharpness, rows=rows
         )
@@ -130,7 +146,6 @@ class GateTrainer:
         factor = (config.clip_norm / norm).clamp(max=1.0)
         for gradient in gradients:
             gradient.mul_(factor)
-        optimizer.param_groups[0]["lr"] = learning_rate(self.step, config)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if config.average:
@@ -139,7 +154,8 @@ class GateTrainer:
         return torch.stack([loss, norm, *(part.sum(dtype=torch.float32) for part in parts)])
 
     def finish(self) -> None:
-        """Put the averages of the weights in their place, where they are kept."""
+        """Put averages of weights in place, where they are kept, and free what is replayed."""
+        self._replay = UpdateReplay(self._train)
         for name, optimizer in self.optimizers.items():
             for weight in self.gate(name).parameters():
                 average = (

@@ -1,0 +1,125 @@
+"""Updates that are replayed change gates exactly as updates that are issued one by one."""
+
+import logging
+from collections import Counter
+
+import pytest
+import torch
+
+from seer_compile.calibration import replay, site_trainer
+from seer_compile.calibration.replay import UpdateReplay
+from seer_compile.calibration.train import fit
+from seer_compile.config import CalibrationConfig
+from seer_compile.gate_store import GateStore
+from seer_compile.types import SiteInputs, Visibility
+from support.inputs import generator
+
+TRAINING = CalibrationConfig(steps=12, warmup_steps=3, holdout_batches=1, rows_per_step=64)
+HEADS, KV_HEADS, DIM = 4, 2, 64
+
+
+def inputs_of(seed, length, device, **visibility):
+    draw = generator(seed)
+    query, key, value = (
+        torch.randn(1, heads, length, DIM, generator=draw).to(device, torch.bfloat16)
+        for heads in (HEADS, KV_HEADS, KV_HEADS)
+    )
+    return SiteInputs(
+        name=f"site {seed % 2}",
+        query=query,
+        key=key,
+        value=value,
+        scale=DIM**-0.5,
+        visibility=Visibility(upper=0, **visibility),
+    )
+
+
+def run(batch, handler):
+    """Two sites; a batch is a seed, a length, and whether its last tokens are padding."""
+    seed, length = int(batch["seed"]), int(batch["length"])
+    hidden = {}
+    if int(batch.get("padded", 0)):
+        padding = torch.ones(1, length, dtype=torch.bool, device="cuda")
+        padding[:, -100:] = False
+        hidden = {"key_padding": padding}
+    return [handler(inputs_of(2 * seed + site, length, "cuda", **hidden)) for site in range(2)]
+
+
+def data(*batches):
+    return [
+        {"seed": torch.tensor(seed), **{name: torch.tensor(part) for name, part in batch.items()}}
+        for seed, batch in enumerate(batches)
+    ]
+
+
+LENGTHS = data(*({"length": (512, 384)[place % 2]} for place in range(9)))
+PADDED = data(*({"length": 512, "padded": place % 2} for place in range(9)))
+
+
+def calibrated(batches, monkeypatch, *, replays):
+    """Return weights and losses, and how often updates were issued."""
+    issued = Counter()
+    train = site_trainer.GateTrainer._train
+
+    def counted(trainer, gate, inputs, rows):
+        issued[inputs.name] += 1
+        return train(trainer, gate, inputs, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(site_trainer.GateTrainer, "_train", counted)
+        if not replays:
+            patch.setattr(replay, "_LARGEST", 0)
+        store = GateStore()
+        report = fit(run, store, batches, TRAINING, progress=False)
+    weights = {name: value.clone() for name, value in store.state_dict().items()}
+    return weights, [site.losses for site in report.sites], issued
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("batches", [LENGTHS, PADDED], ids=["lengths", "padded"])
+def test_gates_have_the_bits_of_updates_issued_one_by_one(batches, monkeypatch):
+    weights, losses, issued = calibrated(batches, monkeypatch, replays=True)
+    expected, expected_losses, all_issued = calibrated(batches, monkeypatch, replays=False)
+    assert losses == expected_losses
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+    assert set(all_issued.values()) == {TRAINING.steps}
+    # Two lengths are two kinds, three issued updates each; padded batches are never replayed.
+    by_lengths, by_padding = 3 + 3, 3 + TRAINING.steps // 2
+    assert set(issued.values()) == {by_lengths if batches is LENGTHS else by_padding}
+
+
+@pytest.mark.gpu
+def test_what_cannot_be_recorded_is_issued_and_said(monkeypatch, caplog):
+    train = site_trainer.GateTrainer._train
+
+    def waiting(trainer, gate, inputs, rows):
+        found = train(trainer, gate, inputs, rows)
+        assert float(found[0]) > 0  # a recording cannot wait for a number
+        return found
+
+    monkeypatch.setattr(site_trainer.GateTrainer, "_train", waiting)
+    with caplog.at_level(logging.WARNING, "seer_compile"):
+        weights, losses, _ = calibrated(LENGTHS, monkeypatch, replays=True)
+    assert [
+        record.message for record in caplog.records if "could not be recorded" in record.message
+    ]
+    monkeypatch.undo()
+    expected, expected_losses, _ = calibrated(LENGTHS, monkeypatch, replays=False)
+    assert losses == expected_losses
+    for name, value in expected.items():
+        assert torch.equal(weights[name], value), name
+
+
+def test_on_a_cpu_every_update_is_issued():
+    seen = []
+
+    def update(gate, inputs, rows):
+        seen.append(inputs)
+        return torch.zeros(6)
+
+    repeated, one = UpdateReplay(update), inputs_of(0, 64, "cpu")
+    for _ in range(5):
+        repeated(None, one, None)
+    assert len(seen) == 5
+    assert all(part is one for part in seen)
