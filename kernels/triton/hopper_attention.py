@@ -95,10 +95,8 @@ def _hopper_attention(
     item_smem = gl.allocate_shared_memory(gl.int32, [8, 1], mbarrier.MBarrierLayout())
     # One consumer meets nobody; a barrier that nobody uses would lend its memory to reductions.
     meeting = query_ring[1].index(0)
-    turn = query_ring[1]
     if CONSUMERS == 2:
         meeting = make_barriers(1, CONSUMERS).index(0)
-        turn = make_barriers(CONSUMERS, 1)
     # The copy engine must see barriers that are ready.
     hopper.fence_async_shared()
     if offset_ptr is not None:
@@ -115,7 +113,7 @@ def _hopper_attention(
         gl.warp_specialize(
             [
                 (consume, (
-                    rings, item_smem, meeting, turn, plan, items, results, band,
+                    rings, item_smem, meeting, plan, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
                     QUERY_IN_REGISTERS, 0,
@@ -132,13 +130,13 @@ def _hopper_attention(
         gl.warp_specialize(
             [
                 (consume, (
-                    rings, item_smem, meeting, turn, plan, items, results, band,
+                    rings, item_smem, meeting, plan, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
                     QUERY_IN_REGISTERS, 0,
                 )),
                 (consume, (
-                    rings, item_smem, meeting, turn, plan, items, results, band,
+                    rings, item_smem, meeting, plan, items, results, band,
                     (padding_ptr, query_documents_ptr, key_documents_ptr), scale, qk_scale, heads,
                     TILE_HEADS, CONSUMERS, STAGES, TILES, NEGATE,
                     QUERY_IN_REGISTERS, 1,

@@ -1,9 +1,9 @@
 """How a group of four warps takes key tiles into its 64 query rows: with a mask, and without.
 
-``state`` is the accumulator, the running maximum and sum of each row, and which rows read a value
-that is not finite; ``cursor`` the next slot of the rings, the parity of its use, how often the
-groups have met, and how often they took turns. A ring is its tiles, the barriers of its filled and
-those of its emptied slots: see ``hopper_warps``.
+``state`` is the accumulator, the running maximum of each row, its running sum in parts (see
+``hopper_tiles``), and which rows read a value that is not finite; ``cursor`` the next slot of the
+rings, the parity of its use, and how often the groups have met. A ring is its tiles, the barriers
+of its filled and those of its emptied slots: see ``hopper_warps``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from seer_compile.kernels.triton.hopper_tiles import (
     value_words,
     visibility,
 )
+from seer_compile.kernels.triton.hopper_turns import await_turn, end_turn
 
 # Triton 3.6 knows it under the second name.
 meet_warps = getattr(gl, "barrier", None) or gl.thread_barrier
@@ -115,7 +116,7 @@ def attend_masked(
 ):
     """Attend to the tiles that need a mask, one after the other; ``tile`` is the first of them."""
     accumulator, running_max, running_sum, spoilt_rows = state
-    slot, phase, meetings, turns = cursor
+    slot, phase, meetings = cursor
     value_smem, value_full, _ = value_ring
     dtype: gl.constexpr = value_smem.dtype
     layout: gl.constexpr = accumulator.type.layout
@@ -143,7 +144,7 @@ def attend_masked(
         meet_warps()
         accumulator = _values_alone(operand, value_ring, slot, accumulator, TILES)
         slot, phase = next_slot(slot, phase, STAGES)
-    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings, turns)
+    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
 
 
 @gluon.jit
@@ -160,7 +161,7 @@ def attend_one(
 ):
     """Attend to a tile that needs no mask and has a slot to itself: the odd one of a list."""
     accumulator, running_max, running_sum, spoilt_rows = state
-    slot, phase, meetings, turns = cursor
+    slot, phase, meetings = cursor
     value_smem, value_full, _ = value_ring
     layout: gl.constexpr = accumulator.type.layout
     product = _logits_alone(query, key_ring, slot, phase, TILES, NEGATE)
@@ -172,7 +173,7 @@ def attend_one(
     mbarrier.wait(value_full.index(slot), phase)
     accumulator = _values_alone(operand, value_ring, slot, accumulator, TILES)
     slot, phase = next_slot(slot, phase, STAGES)
-    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings, turns)
+    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)
 
 
 @gluon.jit
@@ -245,7 +246,6 @@ def attend_whole(
     cursor,
     key_ring,
     value_ring,
-    turn,
     qk_scale,
     CONSUMERS: gl.constexpr,
     STAGES: gl.constexpr,
@@ -259,7 +259,7 @@ def attend_whole(
     begin their products in turn, so that the softmax of one runs behind the products of the other.
     """
     accumulator, running_max, running_sum, spoilt_rows = state
-    slot, phase, meetings, turns = cursor
+    slot, phase, meetings = cursor
     dtype: gl.constexpr = value_ring[0].dtype
     layout: gl.constexpr = accumulator.type.layout
     tokens = _begin_logits(query, key_ring, slot, phase, TILES)
@@ -273,12 +273,11 @@ def attend_whole(
     operands = as_operand(first, dtype, layout), as_operand(second, dtype, layout)
     for _ in range(TILES, whole, TILES):
         if CONSUMERS == 2:
-            mbarrier.wait(turn.index(CONSUMER), (turns + 1 - CONSUMER) & 1)
+            await_turn(CONSUMER)
         tokens = _begin_logits(query, key_ring, slot, phase, TILES)
         added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, TILES)
         if CONSUMERS == 2:
-            mbarrier.arrive(turn.index(1 - CONSUMER), count=1)
-            turns += 1
+            end_turn(CONSUMER)
         # The products with values, as many as TILES, may still run.
         first, second = _end_logits(tokens, key_ring, slot, TILES, TILES, NEGATE)
         first, second, rescale, running_max, running_sum = softmax_whole(
@@ -293,4 +292,4 @@ def attend_whole(
         slot, phase = next_slot(slot, phase, STAGES)
     added = _begin_values(operands, value_ring, value_slot, value_phase, accumulator, TILES)
     accumulator, operands = _end_values(added, operands, operands, value_ring, value_slot, TILES)
-    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings, turns)
+    return (accumulator, running_max, running_sum, spoilt_rows), (slot, phase, meetings)

@@ -48,7 +48,7 @@ def as_operand(probability, dtype: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def scale_rows(accumulator, factor):
-    """Multiply each row by its factor; the two layouts hold the same rows per thread."""
+    """Multiply each row by its factor; the layouts hold the same rows per thread."""
     layout: gl.constexpr = gl.SliceLayout(1, accumulator.type.layout)
     return accumulator * gl.convert_layout(factor, layout)[:, None]
 
@@ -84,11 +84,27 @@ def store_rows(accumulator, target_ptr, row_stride, first, length, dtype: gl.con
 
 
 @gluon.jit
+def partial_sums(values):
+    """Return the sums of ``[64 64]`` over what a thread holds of each row: ``[64 4]``.
+
+    Four threads hold a row of an accumulator, each two neighbours of every eight columns. Their
+    sums are added once per item, not once per tile: see :func:`whole_sums`.
+    """
+    return gl.sum(gl.sum(values.reshape([64, 8, 4, 2]), 3), 1)
+
+
+@gluon.jit
+def whole_sums(parts, like):
+    """Return the sum of each row from its parts, in the layout of another number per row."""
+    return gl.convert_layout(gl.sum(parts, 1), like.type.layout)
+
+
+@gluon.jit
 def softmax_whole(first, second, running_max, running_sum, qk_scale, TILES: gl.constexpr):
     """Take one or two tiles of logits, all readable, into the running softmax.
 
     ``second`` is ignored where ``TILES`` is 1. Returns the probabilities of both, the factor for
-    what was accumulated before, and the new maximum and sum.
+    what was accumulated before, and the new maximum and sums.
     """
     largest = first
     if TILES == 2:
@@ -101,7 +117,7 @@ def softmax_whole(first, second, running_max, running_sum, qk_scale, TILES: gl.c
         second = gl.exp2(second * qk_scale - base[:, None])
         added = first + second
     rescale = gl.exp2(running_max * qk_scale - base)
-    return first, second, rescale, new_max, running_sum * rescale + gl.sum(added, 1)
+    return first, second, rescale, new_max, scale_rows(running_sum, rescale) + partial_sums(added)
 
 
 @gluon.jit
@@ -113,7 +129,7 @@ def softmax_masked(values, visible, running_max, running_sum, qk_scale):
     base = gl.where(new_max == float("-inf"), 0.0, new_max) * qk_scale
     values = gl.exp2(values * qk_scale - base[:, None])
     rescale = gl.exp2(running_max * qk_scale - base)
-    return values, rescale, new_max, running_sum * rescale + gl.sum(values, 1)
+    return values, rescale, new_max, scale_rows(running_sum, rescale) + partial_sums(values)
 
 
 @gluon.jit

@@ -15,9 +15,10 @@ returns once a phase of that parity has ended, and the phase before phase 0 has 
            0 is the phase before 0.
 ``meeting`` one arrival per consumer when a value tile holds something not finite: see
            ``hopper_steps``. Both see the same tile, so both come or none does.
-``turn``   one per consumer, one arrival, the other consumer's after it has begun its products. The
-           second waits for the n-th time for phase n, parity n % 2; the first, whose turn comes
-           first, for phase n - 1, parity (n + 1) % 2.
+
+Two consumers begin their products in turn, by barriers of the hardware: see ``hopper_turns``. The
+first begins, and either waits for the n-th time until the other has ended its turn as often, or,
+the first, once less.
 
 All consumers take the same items and steps, in the order in which the producer fills slots; a
 producer waits only for slots whose earlier contents it has already sent, and a consumer only for
@@ -43,7 +44,14 @@ from seer_compile.kernels.triton.hopper_steps import (
     attend_whole,
     next_slot,
 )
-from seer_compile.kernels.triton.hopper_tiles import flat, scale_rows, store_rows
+from seer_compile.kernels.triton.hopper_tiles import (
+    flat,
+    partial_sums,
+    scale_rows,
+    store_rows,
+    whole_sums,
+)
+from seer_compile.kernels.triton.hopper_turns import begin_turns
 
 # Triton 3.6 knows it under the second name.
 copy_tile = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -206,6 +214,7 @@ def produce(
 def _store(state, pointers, row_stride, first_query, q_len, scale, dtype: gl.constexpr):
     """Divide by the sum and write; a row that read nothing is 0 and -inf."""
     accumulator, running_max, running_sum, spoilt_rows = state
+    running_sum = whole_sums(running_sum, running_max)
     lse_ptr, out_ptr = pointers
     is_empty = running_sum == 0.0
     divisor = gl.where(is_empty, 1.0, running_sum)
@@ -222,7 +231,6 @@ def consume(
     rings,
     item_smem,
     meeting,
-    turn,
     plan,
     items,
     results,
@@ -252,7 +260,9 @@ def consume(
     row_layout: gl.constexpr = gl.SliceLayout(1, layout)
     one: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     taken = 0
-    cursor = (0, 0, 0, 0)
+    cursor = (0, 0, 0)
+    if CONSUMERS == 2:
+        begin_turns(CONSUMER)
     mbarrier.wait(query_full.index(0), 0)
     item = _read(item_smem, 0, one)
     while item < items:
@@ -269,7 +279,7 @@ def consume(
         state = (
             gl.zeros([64, value_dim], gl.float32, out_layout),
             gl.full([64], float("-inf"), gl.float32, row_layout),
-            gl.zeros([64], gl.float32, row_layout),
+            partial_sums(gl.zeros([64, 64], gl.float32, layout)),
             gl.zeros([64], gl.int32, row_layout),
         )
         query = flat(query_smem.index(CONSUMER))
@@ -312,7 +322,6 @@ def consume(
                 cursor,
                 key_ring,
                 value_ring,
-                turn,
                 qk_scale,
                 CONSUMERS,
                 STAGES,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import types
 from collections.abc import Callable
 from typing import Any
@@ -273,6 +274,7 @@ class Language:
             convert_layout=_convert_layout,
             load=_load,
             store=_store,
+            inline_asm_elementwise=self._assembly,
         )  # fmt: skip
         return types.SimpleNamespace(**names)
 
@@ -289,6 +291,17 @@ class Language:
             for number, (function, arguments) in enumerate(parts)
         ]
         self.machine.run(run)
+
+    def _assembly(self, text: str, constraints: str, values: list[Any], *_: Any, **options: Any):
+        """Play barriers of the hardware for a group of four warps; nothing else is known."""
+        pattern = r"bar\.(sync|arrive) (\d+), (\d+); mov\.b32 \$0, \$1;"
+        found = re.fullmatch(pattern, str(raw(text)))
+        assert found is not None, text
+        assert not options["is_pure"]
+        number, threads = int(found[2]), int(found[3])
+        assert number < 16, text
+        self.machine.meet(number, threads, is_waiting=found[1] == "sync")
+        return values[0]
 
     def _copy(
         self, descriptor: Descriptor, where: list[Any], barrier: Barrier, target: Shared

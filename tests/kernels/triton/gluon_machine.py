@@ -107,6 +107,7 @@ class Machine:
         self.random = random.Random(seed)
         self.partitions: list[_Partition] = []
         self.copies: list[Callable[[], None]] = []
+        self.named: dict[int, Barrier] = {}
         self.current: _Partition | None = None
         self.error: BaseException | None = None
         self._home = threading.Semaphore(0)
@@ -163,6 +164,18 @@ class Machine:
         """Wait until the phase of this parity has ended."""
         assert parity in (0, 1), f"{barrier.name}: parity {parity}"
         self.pause(lambda: barrier.has_ended(parity), f"{barrier.name}, parity {parity}")
+
+    def meet(self, number: int, threads: int, *, is_waiting: bool) -> None:
+        """Come to a barrier of the hardware with 128 threads, and wait until it opens, or go on."""
+        barrier = self.named.setdefault(number, Barrier(f"named barrier {number}"))
+        if barrier.count == 0:
+            barrier.init(threads)
+        assert barrier.count == threads, f"{barrier.name}: {threads} threads, then {barrier.count}"
+        self.pause()
+        phase = barrier.phase
+        barrier.arrive(128)
+        if is_waiting:
+            self.pause(lambda: barrier.phase > phase, barrier.name)
 
     def copy(self, source: Tensor, target: Tensor, barrier: Barrier) -> None:
         """Begin a copy; until it lands its target holds NaN."""

@@ -28,6 +28,7 @@ from seer_compile.kernels.triton import (
     hopper_launch,
     hopper_steps,
     hopper_tiles,
+    hopper_turns,
     hopper_warps,
 )
 from seer_compile.kernels.triton.hopper_plan import plan, tile_rules
@@ -37,7 +38,7 @@ from seer_compile.result_layout import empty_like_query
 from seer_compile.types import BlockSelection, Visibility
 from support.assertions import assert_no_worse_than_eager
 
-MODULES = (hopper_tiles, hopper_steps, hopper_warps, hopper_launch, hopper_attention)
+MODULES = (hopper_tiles, hopper_turns, hopper_steps, hopper_warps, hopper_launch, hopper_attention)
 KERNEL = hopper_attention._hopper_attention
 
 ORDERS = int(os.environ.get("SEER_EVENT_ORDERS", "2"))
