@@ -47,7 +47,9 @@ METRICS = {
     "dram_percent": "dram__throughput.avg.pct_of_peak_sustained_elapsed",
     **{name: f"smsp__average_warps_issue_stalled_{name}_per_issue_active.ratio" for name in STALLS},
 }
-COLUMNS = ("case", "kernel", "us", "tensor_percent", "exponential_percent", "issue_percent")
+COLUMNS = (
+    "case", "kernel", "us", "tensor_percent", "exponential_percent", "issue_percent", "error",
+)  # fmt: skip
 
 
 def attend(length: int, dim: int, heads: int = 32) -> None:
@@ -121,7 +123,10 @@ def main() -> None:
     if ncu is None:
         raise SystemExit("counts are taken by ncu of the CUDA toolkit, which is not on PATH")
     common = context(options, "profile_kernels.py")
-    print(table(write_rows(options.out, profiled(options.cases, ncu), common), COLUMNS))
+    rows = write_rows(options.out, profiled(options.cases, ncu), common)
+    print(table(rows, COLUMNS))
+    if any("error" in row for row in rows):
+        raise SystemExit("ncu did not count every case")
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import gc
 import logging
 from collections import Counter
@@ -31,7 +32,8 @@ _logger = logging.getLogger(__name__)
 _LARGEST = 2**32
 """Logits of attention, above which an update takes the device longer than the host."""
 _MOST_GRAPHS = 256
-"""Each keeps what it was recorded with; data of ever new lengths would keep ever more."""
+_MOST_BYTES = 1 << 30
+"""Of operands that are kept for graphs: data of ever new lengths would keep ever more."""
 _OPERANDS = ("query", "key", "value")
 
 
@@ -47,7 +49,8 @@ class UpdateReplay:
     """Issues the first two updates of a kind, records the third, and replays it from then on.
 
     A kind is a site with its shapes, strides and band. Updates on a CPU, those that depend on
-    padding, documents or an offset, and those whose attention is large are always issued.
+    padding, documents or an offset, and those whose attention is large are always issued, and so
+    is whatever would keep more than 256 graphs or 1 GB of operands.
 
     Args:
         update: What to repeat: of gate, operands and rows, returns ``Float32[6]``. It must leave
@@ -59,37 +62,39 @@ class UpdateReplay:
         self._seen: Counter[Any] = Counter()
         self._graphs: dict[Any, _Graph] = {}
         self._operands: dict[Any, tuple[Tensor, ...]] = {}
-        self._pools: dict[torch.device, Any] = {}
+        self._recorders: dict[torch.device, _Recorder] = {}
         self._is_given_up = False
 
     def __call__(self, gate: AttnGate, inputs: SiteInputs, rows: Tensor | None) -> Tensor:
-        """Update a gate; nothing waits for the device, the result is valid until the next call."""
+        """Update a gate; nothing waits for the device."""
         if self._is_given_up or not _is_repeatable(inputs):
             return self._update(gate, inputs, rows)
         tensors = tuple(getattr(inputs, name).detach() for name in _OPERANDS)
         kind = (inputs.name, inputs.scale, inputs.softcap, *_kind(inputs, tensors, rows))
-        found = self._graphs.get(kind)
-        if found is None:
+        if kind not in self._graphs:
             self._seen[kind] += 1
             # The first call makes optimizer states; the second sees the tensors of the graph, so
             # that whatever is compiled for their addresses is there when the third is recorded.
-            if self._seen[kind] == 1 or len(self._graphs) >= _MOST_GRAPHS:
+            if self._seen[kind] == 1 or not self._has_room(tensors):
                 return self._update(gate, inputs, rows)
             held = self._held(tensors)
             inputs = dataclasses.replace(inputs, **dict(zip(_OPERANDS, held, strict=True)))
-            if self._seen[kind] == 2:
+            if self._seen[kind] == 2 or not self._record(kind, gate, inputs, rows):
                 _fill(held, tensors)
                 return self._update(gate, inputs, rows)
-            found = self._recorded(gate, inputs, rows)
-            if found is None:
-                _fill(held, tensors)
-                return self._update(gate, inputs, rows)
-            self._graphs[kind] = found
+        found = self._graphs[kind]
         _fill(found.operands, tensors)
         if rows is not None and found.rows is not None:
             found.rows.copy_(rows)
         found.graph.replay()
-        return found.result
+        # Graphs share memory: where this result lies another may keep something else.
+        return found.result.clone()
+
+    def _has_room(self, tensors: tuple[Tensor, ...]) -> bool:
+        if _layouts(tensors) in self._operands:
+            return len(self._graphs) < _MOST_GRAPHS
+        parts = [part for held in (*self._operands.values(), tensors) for part in held]
+        return sum(part.numel() * part.element_size() for part in parts) <= _MOST_BYTES
 
     def _held(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         """Return tensors for the operands of all sites that have such ones."""
@@ -98,15 +103,19 @@ class UpdateReplay:
             self._operands[key] = tuple(torch.empty_like(tensor) for tensor in tensors)
         return self._operands[key]
 
-    def _recorded(self, gate: AttnGate, inputs: SiteInputs, rows: Tensor | None) -> _Graph | None:
-        """Record an update without making it; None, and a warning, where that cannot be done."""
+    def _record(self, kind: Any, gate: AttnGate, inputs: SiteInputs, rows: Tensor | None) -> bool:
+        """Record an update without making it; where that cannot be done, say so and give up."""
         device = inputs.query.device
         rows = None if rows is None else rows.clone()
+        if device not in self._recorders:
+            self._recorders[device] = _Recorder(device)
         try:
-            with _recording(device, self._pools) as graph:
+            with self._recorders[device].recording() as graph:
                 result = self._update(gate, inputs, rows)
         except Exception as error:
             self._is_given_up = True
+            self._graphs.clear()
+            self._operands.clear()
             for weight in gate.parameters():
                 weight.grad = None
             _logger.warning(
@@ -116,32 +125,62 @@ class UpdateReplay:
                 type(error).__name__,
                 error,
             )
-            return None
-        return _Graph(graph, tuple(getattr(inputs, name) for name in _OPERANDS), rows, result)
+            return False
+        operands = tuple(getattr(inputs, name) for name in _OPERANDS)
+        self._graphs[kind] = _Graph(graph, operands, rows, result)
+        return True
 
 
-@contextlib.contextmanager
-def _recording(device: torch.device, pools: dict[Any, Any]) -> Iterator[torch.cuda.CUDAGraph]:
-    """Record what is issued inside; graphs of a device share memory, as they take turns."""
-    graph = torch.cuda.CUDAGraph()
-    was_collecting = gc.isenabled()
-    with torch.cuda.device(device):
-        stream, current = torch.cuda.Stream(), torch.cuda.current_stream()
-        stream.wait_stream(current)
-        # What is collected meanwhile might free memory, which ends a recording.
-        gc.disable()
-        try:
-            with torch.cuda.stream(stream):
-                pool = pools.setdefault(device, torch.cuda.graph_pool_handle())
-                graph.capture_begin(pool=pool, capture_error_mode="thread_local")
-                try:
+class _Recorder:
+    """Records graphs of one device on one stream, so that they share memory: they take turns."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self._stream = device, _stream(device)
+        self._pool = torch.cuda.graph_pool_handle()
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[torch.cuda.CUDAGraph]:
+        """Record what is issued inside; after an error the device is as it was before."""
+        graph = torch.cuda.CUDAGraph()
+        was_collecting = gc.isenabled()
+        with torch.cuda.device(self.device):
+            current = torch.cuda.current_stream()
+            self._stream.wait_stream(current)
+            # What is collected meanwhile might free memory, which ends a recording.
+            gc.disable()
+            try:
+                with torch.cuda.stream(self._stream):
+                    graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
                     yield graph
-                finally:
                     graph.capture_end()
-        finally:
-            if was_collecting:
-                gc.enable()
-        current.wait_stream(stream)
+            except BaseException:
+                self._leave(graph)
+                raise
+            finally:
+                if was_collecting:
+                    gc.enable()
+            current.wait_stream(self._stream)
+
+    def _leave(self, graph: torch.cuda.CUDAGraph) -> None:
+        """End a recording that failed, with all that PyTorch leaves undone where its end fails.
+
+        The allocator would go on to count a recording as under way, and refuse to empty its
+        cache, and the generator of random numbers to be in one, and refuse to be used.
+        """
+        with torch.cuda.stream(self._stream), contextlib.suppress(RuntimeError):
+            graph.capture_end()
+            return
+        index = torch.cuda.current_device()
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(index, self._pool)
+        generator = torch.cuda.default_generators[index]
+        generator.graphsafe_set_state(generator.clone_state())
+
+
+@functools.cache
+def _stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the stream of recordings: libraries keep workspaces for every stream they meet."""
+    return torch.cuda.Stream(device)
 
 
 def _is_repeatable(inputs: SiteInputs) -> bool:

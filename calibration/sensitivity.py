@@ -9,7 +9,7 @@ Letters of shapes: see :mod:`seer_compile.types`. D is the number of densities.
 from __future__ import annotations
 
 import math
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -109,15 +109,18 @@ class OneSparseSite:
     def __init__(self, store: GateStore, name: str | None, density: float) -> None:
         self.store, self.name, self.density = store, name, density
         self.spans: dict[str, list[Span]] = {}
-        """Of every site met: the whole call, and its first half where that is one."""
+        """The whole call, and its first half where that is one: of the sparse site, of every site
+        where none is."""
         self._kept: Counter[int] = Counter()
         self._visible: Counter[int] = Counter()
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Answer one site."""
         gate = gate_of(self.store, inputs)
+        if self.name not in (None, inputs.name):
+            return dense_answer(gate, inputs)
         spans = self.spans[inputs.name] = spans_of(gate, inputs)
-        if inputs.name != self.name:
+        if self.name is None:
             return dense_answer(gate, inputs)
         out, matched = attend_at_density(gate, inputs, self.density)
         for span in spans:
@@ -127,7 +130,7 @@ class OneSparseSite:
 
     @property
     def lengths(self) -> dict[str, int]:
-        """Key tokens of every site met."""
+        """Key tokens of the sites of :attr:`spans`."""
         return {name: spans[0].tokens for name, spans in self.spans.items()}
 
     def measured_density(self, tokens: int) -> float:
@@ -138,6 +141,10 @@ class OneSparseSite:
 class _Point(NamedTuple):
     density: float
     divergence: float
+
+
+_Found = defaultdict[str, defaultdict[int, list[list[_Point]]]]
+"""By site and length."""
 
 
 def measure_sensitivity(
@@ -156,6 +163,7 @@ def measure_sensitivity(
         store: Trained gates.
         batches: Held-out batches, the preferred ones first.
         per_length: Batches of one length that are measured and averaged; further ones are skipped.
+            Halves count where no whole batch has their length.
         densities: Asked of every site in turn, ascending.
         progress: Show a progress bar.
 
@@ -168,40 +176,41 @@ def measure_sensitivity(
     Cost:
         One forward per batch, and one more per site and density where it is measured.
     """
-    found: dict[str, dict[int, list[list[_Point]]]] = {}
+    wholes: _Found = defaultdict(lambda: defaultdict(list))
+    halves: _Found = defaultdict(lambda: defaultdict(list))
     measured: Counter[tuple[int, ...]] = Counter()
     hidden = not progress or distributed.rank() != 0
     with torch.no_grad():
         for batch in batches if per_length else ():
             observer = OneSparseSite(store, None, 1.0)
             dense = DenseOutput(run(batch, observer))
-            shape = tuple(observer.lengths.values())
-            measured[shape] += 1
-            if measured[shape] > per_length:
+            lengths = observer.lengths
+            measured[tuple(lengths.values())] += 1
+            if measured[tuple(lengths.values())] > per_length:
                 continue
-            names = tqdm(
-                observer.lengths, desc="Measuring sensitivity", unit="site", disable=hidden
-            )
+            names = tqdm(lengths, desc="Measuring sensitivity", unit="site", disable=hidden)
             ends = _ends(observer, dense)
             for name in names:
-                points = _points(run, store, batch, dense, name, densities, ends.get(name, ()))
+                points = _points(run, store, batch, dense, name, densities, ends)
                 for tokens, part in points.items():
-                    found.setdefault(name, {}).setdefault(tokens, []).append(part)
-    curves = {name: _curve(by_length) for name, by_length in found.items()}
+                    (wholes if tokens == lengths[name] else halves)[name][tokens].append(part)
+    # Where whole sequences of a length were measured, halves of longer ones are not needed.
+    curves = {name: _curve({**halves[name], **by_length}) for name, by_length in wholes.items()}
     return distributed.everywhere(store, curves, SensitivityCurve.from_json)
 
 
-def _ends(observer: OneSparseSite, dense: DenseOutput) -> dict[str, tuple[int, ...]]:
-    """Return, per site, the lengths below the whole at which a call is measured as well.
+def _ends(observer: OneSparseSite, dense: DenseOutput) -> tuple[int, ...]:
+    """Return the lengths below the whole at which a call is measured as well: one or none.
 
     The output of a first half is that of the half alone where no site looks ahead, all halves end
-    at one token, and the output has a row per token.
+    at one token, and the output has a row per token. What looks ahead beside the sites, such as
+    attention that is none, is not seen: such a model's sequences are halved all the same.
     """
     halves = {spans[-1].tokens for spans in observer.spans.values()}
     is_split = all(len(spans) == 2 for spans in observer.spans.values())
     if not is_split or len(halves) != 1 or set(observer.lengths.values()) != {dense.tokens}:
-        return {}
-    return dict.fromkeys(observer.spans, tuple(halves))
+        return ()
+    return tuple(halves)
 
 
 def _points(

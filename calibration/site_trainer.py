@@ -43,11 +43,15 @@ class GateTrainer:
             with _plain_numerics(inputs.query.device):
                 fit_to_statistics(gate, inputs, seed=f"{self.config.seed}:{name}")
         gate.requires_grad_(True)
-        is_cuda = gate.query_weight.is_cuda
+        is_cuda, rate = gate.query_weight.is_cuda, 0.0
+        if is_cuda:
+            # A number would be recorded with an update that is replayed. The forward may run under
+            # modes and defaults of its own.
+            with torch.inference_mode(False):
+                rate = torch.zeros((), dtype=torch.float32, device=gate.query_weight.device)
         self.optimizers[name] = torch.optim.AdamW(
             gate.parameters(),
-            # A number would be recorded with an update that is replayed.
-            lr=torch.zeros((), device=gate.query_weight.device) if is_cuda else 0.0,
+            lr=rate,
             weight_decay=self.config.weight_decay,
             # One launch where the host would make ten.
             fused=is_cuda,

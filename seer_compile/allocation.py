@@ -74,15 +74,12 @@ def allocate(
     if allocation == "equal_marginal":
         return _spend({name: _lost_mass(curve, length) for name, curve in curves.items()}, density)
     least = least_densities(curves, length)
-    reach = {name: curve.reachable_density(length) for name, curve in curves.items()}
-    return _spend(
-        {
-            name: _divergence(curve, length, least[name], reach[name])
-            for name, curve in known.items()
-            if curve is not None
-        },
-        density,
-    )
+    divergences = {
+        name: _divergence(curve, length, least[name], curves[name].reachable_density(length))
+        for name, curve in known.items()
+        if curve is not None
+    }
+    return _spend(divergences, density)
 
 
 def check_known(allocation: Allocation) -> None:
@@ -214,11 +211,14 @@ def _lost_mass(curve: BudgetCurve, length: float) -> _Points:
 
 def _divergence(curve: SensitivityCurve, length: float, least: float, reach: float) -> _Points:
     measured = curve.least_density(length)
-    is_outside = not curve.lengths[0] <= length <= curve.lengths[-1]
-    least = least if is_outside else max(least, measured)
+    is_moved = (length > curve.lengths[-1] and least < measured) or (
+        length < curve.lengths[0] and least > measured
+    )
+    if length <= curve.lengths[-1]:
+        least = max(least, measured)
     grid = np.geomspace(least, max(reach, least), _GRID_POINTS)
     known = grid
-    if is_outside and 0 < least < 1 and 0 < measured < 1:
+    if is_moved and 0 < least < 1 and 0 < measured < 1:
         # The same blocks are a smaller share of a longer sequence and a larger one of a shorter:
         # the least density moves, the others with it, and all blocks stay all blocks.
         known = grid ** (math.log(measured) / math.log(least))

@@ -211,6 +211,19 @@ def test_below_measured_lengths_a_share_is_fewer_blocks():
     assert shorter["cliff"] == pytest.approx(expected, rel=0.05)
 
 
+def test_a_token_less_than_was_measured_does_not_change_shares():
+    """What every selection keeps differs between the data of curves and of sensitivities."""
+    curves = {name: curve((0.5, 0.9, 1.0), densities=(0.03, 0.3, 1.0)) for name in ("one", "other")}
+    known = {
+        name: sensitivity(row, densities=(0.05, 0.08, 0.1, 0.2, 0.5))
+        for name, row in (("one", (0.9, 0.4, 0.15, 0.05, 0.01)), ("other", (0.1,) * 5))
+    }
+    at_length, below = (
+        allocate(curves, 0.15, length=length, sensitivities=known) for length in (2048, 2047)
+    )
+    assert below == pytest.approx(at_length)
+
+
 def test_beyond_measured_lengths_the_least_density_falls_with_the_curve():
     curves = {
         name: BudgetCurve(

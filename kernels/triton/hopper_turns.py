@@ -13,7 +13,7 @@ import triton.experimental.gluon.language as gl
 from triton.experimental import gluon
 
 _FIRST_BARRIER = gl.constexpr(14)
-"""The last two of sixteen; Triton numbers its own from 0, one per partition of a program."""
+"""The last two of sixteen; Triton takes its own from 0, and one more per partition of a program."""
 
 
 @gluon.constexpr_function

@@ -1,5 +1,6 @@
 """Updates that are replayed change gates exactly as updates that are issued one by one."""
 
+import dataclasses
 import logging
 from collections import Counter
 
@@ -109,6 +110,80 @@ def test_what_cannot_be_recorded_is_issued_and_said(monkeypatch, caplog):
     assert losses == expected_losses
     for name, value in expected.items():
         assert torch.equal(weights[name], value), name
+    # The process goes on as before: random numbers, and an allocator that counts no recording.
+    assert torch.rand(8, device="cuda").unique().numel() == 8
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.gpu
+def test_a_forward_under_modes_and_defaults_of_its_own_is_trained(monkeypatch):
+    def in_inference_mode(batch, handler):
+        with torch.inference_mode():
+            return run(batch, handler)
+
+    expected, _, _ = calibrated(LENGTHS, monkeypatch, replays=True)
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        store = GateStore()
+        fit(in_inference_mode, store, LENGTHS, TRAINING, progress=False)
+    finally:
+        torch.set_default_dtype(default)
+    assert {value.dtype for value in store.state_dict().values()} == {
+        value.dtype for value in expected.values()
+    }
+    for name, value in store.state_dict().items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-3, atol=1e-4)
+
+
+def step(length, first, names):
+    """Return the operands of sites in the order of their calls."""
+    return [
+        dataclasses.replace(inputs_of(first + place, length, "cuda"), name=name)
+        for place, name in enumerate(names)
+    ]
+
+
+@pytest.mark.gpu
+def test_results_hold_while_others_are_replayed():
+    """The site recorded last runs first: its result may lie where another keeps something else."""
+
+    def update(gate, inputs, rows):
+        large = inputs.query.float().repeat(1, 1, 8, 1) @ inputs.query.float().transpose(-1, -2)
+        return torch.stack([large.amax(), large.sum(), *(inputs.value.float().sum(),) * 4])
+
+    repeated, weights = UpdateReplay(update), torch.nn.Linear(2, 2).cuda()
+    names = ["decoder", "encoder"]
+    for place in range(12):
+        order = names[:1] if place < 4 else names[::-1]
+        sites = step(512, place, order)
+        found = [repeated(weights, site, None) for site in sites]
+        for result, site in zip(found, sites, strict=True):
+            torch.testing.assert_close(result, update(None, site, None))
+    assert len(repeated._graphs) == 2
+
+
+@pytest.mark.gpu
+def test_graphs_of_all_sites_take_the_memory_of_one():
+    def reserved_after(sites):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        repeated = UpdateReplay(lambda gate, inputs, rows: large_update(inputs))
+        for place in range(3):
+            for inputs in step(2048, place, [f"site {number}" for number in range(sites)]):
+                repeated(torch.nn.Linear(2, 2), inputs, None)
+        torch.cuda.synchronize()
+        assert len(repeated._graphs) == sites
+        torch.cuda.empty_cache()
+        return torch.cuda.memory_reserved() - before
+
+    def large_update(inputs):
+        logits = inputs.query.float() @ inputs.query.float().transpose(-1, -2)
+        return torch.stack([logits.exp().softmax(-1).sum()] * 6)
+
+    reserved_after(1)
+    one, many = reserved_after(1), reserved_after(8)
+    assert many < 1.5 * one
 
 
 def test_on_a_cpu_every_update_is_issued():

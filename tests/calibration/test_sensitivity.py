@@ -77,6 +77,16 @@ def test_the_first_half_of_a_causal_sequence_is_measured_as_a_sequence_of_its_ow
             assert alone.divergences[0] == pytest.approx([divergence], rel=1e-5)
 
 
+def test_halves_give_way_to_whole_sequences_of_their_length():
+    store = GateStore(GATES)
+    both = measure_sensitivity(run, store, batches(2, 1024, 512), densities=(0.3,))
+    alone = measure_sensitivity(run, store, batches(1, 512, first=1), densities=(0.3,))
+    for name, curve in both.items():
+        assert curve.lengths == (512, 1024)
+        assert curve.densities[0] == alone[name].densities[0]
+        assert curve.divergences[0] == pytest.approx(alone[name].divergences[0])
+
+
 def mixed_with_what_is_ahead(batch, handler):
     output = run(batch, handler)
     output.logits = output.logits[:, :, -1:]
