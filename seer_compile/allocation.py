@@ -65,8 +65,13 @@ def allocate(
     if density == 1:
         return dict.fromkeys(curves, 1.0)
     if allocation == "searched":
-        found = {name: table.at(length, density) for name, table in searched.items() if table}
-        return with_mean(found, density, least=least_densities(curves, length))
+        least = least_densities(curves, length)
+        found = {
+            name: _searched(table, curves[name], density, length, least[name])
+            for name, table in searched.items()
+            if table is not None
+        }
+        return with_mean(found, density, least=least)
     if allocation == "uniform":
         return dict.fromkeys(curves, density)
     if allocation == "equal_budget":
@@ -209,20 +214,39 @@ def _lost_mass(curve: BudgetCurve, length: float) -> _Points:
     return points if curve.reachable_density(length) == 1 else points[:-1]
 
 
+def _searched(
+    table: ShareTable, curve: BudgetCurve, density: float, length: float, least: float
+) -> float:
+    nearest = min(max(length, table.lengths[0]), table.lengths[-1])
+    power = _power(least, float(curve.row("densities", nearest).min()), length - nearest)
+    return table.at(nearest, density**power) ** (1 / power)
+
+
 def _divergence(curve: SensitivityCurve, length: float, least: float, reach: float) -> _Points:
     measured = curve.least_density(length)
-    is_moved = (length > curve.lengths[-1] and least < measured) or (
-        length < curve.lengths[0] and least > measured
-    )
+    nearest = min(max(length, curve.lengths[0]), curve.lengths[-1])
+    power = _power(least, measured, length - nearest)
     if length <= curve.lengths[-1]:
         least = max(least, measured)
     grid = np.geomspace(least, max(reach, least), _GRID_POINTS)
-    known = grid
-    if is_moved and 0 < least < 1 and 0 < measured < 1:
-        # The same blocks are a smaller share of a longer sequence and a larger one of a shorter:
-        # the least density moves, the others with it, and all blocks stay all blocks.
-        known = grid ** (math.log(measured) / math.log(least))
-    return list(zip(grid.tolist(), curve.at(length, known).tolist(), strict=True))
+    return list(zip(grid.tolist(), curve.at(length, grid**power).tolist(), strict=True))
+
+
+def _power(least: float, measured: float, further: float) -> float:
+    """Return the power that makes densities at a length those of as many blocks where measured.
+
+    The same blocks are a smaller share of a longer sequence and a larger one of a shorter: the
+    least density moves, the others with it, and all blocks stay all blocks.
+
+    Args:
+        least: Density that every selection keeps at the length.
+        measured: The same at the nearest measured length.
+        further: How much longer than that the length is; 0 where it lies among those measured.
+    """
+    is_moved = (further > 0 and least < measured) or (further < 0 and least > measured)
+    if not is_moved or not (0 < least < 1 and 0 < measured < 1):
+        return 1.0
+    return math.log(measured) / math.log(least)
 
 
 def _lower_hull(points: _Points) -> list[tuple[float, float]]:

@@ -17,6 +17,7 @@ from seer_compile.errors import (
 )
 from seer_compile.gate_store import GateStore
 from seer_compile.sensitivity import SensitivityCurve
+from seer_compile.shares import ShareTable
 
 
 def curve(masses, densities=(0.02, 0.2, 1.0), budgets=(0.5, 0.9, 1.0)):
@@ -35,6 +36,20 @@ def sensitivity(divergences, densities=(0.02, 0.05, 0.1, 0.2, 0.5), lengths=(204
         densities=(densities,) * len(lengths),
         divergences=(tuple(divergences),) * len(lengths),
     )
+
+
+def curves_of_two_lengths(*names):
+    """Return curves of sites whose least density halves as the length doubles."""
+    return {
+        name: BudgetCurve(
+            selector="top_p",
+            lengths=(4096, 8192),
+            budgets=(0.5, 0.9, 1.0),
+            densities=((0.09, 0.4, 1.0), (0.045, 0.3, 1.0)),
+            captured_mass=((0.6, 0.92, 1.0), (0.55, 0.9, 1.0)),
+        )
+        for name in names
+    }
 
 
 CURVES = {
@@ -186,16 +201,7 @@ def test_equal_budget_gives_the_asked_mean_with_one_budget():
 
 def test_below_measured_lengths_a_share_is_fewer_blocks():
     """Half as many tokens: what cost nothing at a tenth of 8,192 is a fifth of 4,096."""
-    curves = {
-        name: BudgetCurve(
-            selector="top_p",
-            lengths=(4096, 8192),
-            budgets=(0.5, 0.9, 1.0),
-            densities=((0.09, 0.4, 1.0), (0.045, 0.3, 1.0)),
-            captured_mass=((0.6, 0.92, 1.0), (0.55, 0.9, 1.0)),
-        )
-        for name in ("cliff", "slope")
-    }
+    curves = curves_of_two_lengths("cliff", "slope")
     at_8192 = {"cliff": (0.3, 0.2, 1e-6, 1e-7), "slope": (0.02, 0.018, 0.015, 0.01)}
     known = {
         name: SensitivityCurve(
@@ -209,6 +215,21 @@ def test_below_measured_lengths_a_share_is_fewer_blocks():
     expected = longer["cliff"] ** (math.log(0.09) / math.log(0.045))
     assert expected > 1.5 * longer["cliff"]
     assert shorter["cliff"] == pytest.approx(expected, rel=0.05)
+
+
+def test_searched_shares_are_those_of_as_many_blocks_below_searched_lengths():
+    curves = curves_of_two_lengths("needy", "other")
+    tables = {
+        name: ShareTable(lengths=(8192,), asked=(0.05, 0.1, 0.4), shares=(row,))
+        for name, row in (("needy", (0.051, 0.15, 0.5)), ("other", (0.049, 0.05, 0.3)))
+    }
+    power = math.log(0.09) / math.log(0.045)
+    expected = {"needy": 0.15**power, "other": 0.05**power}
+    shares = allocate(curves, 0.1**power, length=4096, tables=tables)
+    assert shares["needy"] / shares["other"] == pytest.approx(
+        expected["needy"] / expected["other"], rel=0.02
+    )
+    assert sum(shares.values()) / 2 == pytest.approx(0.1**power)
 
 
 def test_a_token_less_than_was_measured_does_not_change_shares():
@@ -225,16 +246,7 @@ def test_a_token_less_than_was_measured_does_not_change_shares():
 
 
 def test_beyond_measured_lengths_the_least_density_falls_with_the_curve():
-    curves = {
-        name: BudgetCurve(
-            selector="top_p",
-            lengths=(4096, 8192),
-            budgets=(0.5, 0.9, 1.0),
-            densities=((0.09, 0.4, 1.0), (0.045, 0.3, 1.0)),
-            captured_mass=((0.6, 0.92, 1.0), (0.55, 0.9, 1.0)),
-        )
-        for name in ("one", "other")
-    }
+    curves = curves_of_two_lengths("one", "other")
     known = {
         name: SensitivityCurve(
             lengths=(8192,), densities=((0.045, 0.1, 0.3),), divergences=((0.2, 0.1, scale),)
