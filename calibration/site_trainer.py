@@ -30,6 +30,8 @@ class GateTrainer:
         self.store, self.config = store, config
         self.step = 0
         self.optimizers: dict[str, torch.optim.AdamW] = {}
+        self.starts: dict[str, dict[str, Tensor]] = {}
+        """Weights of every gate at the first step, where a share of them stays."""
         self.losses: list[dict[str, float]] = []
         self._current: dict[str, Tensor] = {}
         """Of the sites reached in this step: see :meth:`_update`."""
@@ -43,6 +45,9 @@ class GateTrainer:
             with _plain_numerics(inputs.query.device):
                 fit_to_statistics(gate, inputs, seed=f"{self.config.seed}:{name}")
         gate.requires_grad_(True)
+        if self.config.start_share:
+            weights = gate.named_parameters()
+            self.starts[name] = {label: weight.detach().clone() for label, weight in weights}
         is_cuda, rate = gate.query_weight.is_cuda, 0.0
         if is_cuda:
             # A number would be recorded with an update that is replayed. The forward may run under
@@ -158,15 +163,17 @@ class GateTrainer:
         return torch.stack([loss, norm, *(part.sum(dtype=torch.float32) for part in parts)])
 
     def finish(self) -> None:
-        """Put averages of weights in place, where they are kept, and free what is replayed."""
+        """Put averages and shares of the start in place, and free what is replayed."""
         self._replay = UpdateReplay(self._train)
         for name, optimizer in self.optimizers.items():
-            for weight in self.gate(name).parameters():
+            for label, weight in self.gate(name).named_parameters():
                 average = (
                     optimizer.state[weight].get("average") if weight in optimizer.state else None
                 )
                 if average is not None:
                     weight.data.copy_(average)
+                if self.config.start_share:
+                    weight.data.lerp_(self.starts[name][label], self.config.start_share)
 
     def _follow(self, optimizer: torch.optim.AdamW, gate: AttnGate) -> None:
         # The first steps are forgotten quickly: they are far from where training ends.

@@ -244,6 +244,8 @@ class _Session:
                 tensors[f"{name}.{label}"] = weight
                 state = optimizer.state.get(weight) or {}
                 tensors |= {f"{name}.{label}.{key}": state[key] for key in _MOMENTS if key in state}
+            for label, start in trainer.starts.get(name, {}).items():
+                tensors[f"{name}.{label}.start"] = start
         state = {
             "identity": self.identity,
             "cursor": self.stream.cursor,
@@ -261,6 +263,8 @@ def _restore(
     with torch.no_grad():
         for label, weight in gate.named_parameters():
             weight.copy_(tensors[f"{name}.{label}"])
+            if name in trainer.starts:
+                trainer.starts[name][label].copy_(tensors[f"{name}.{label}.start"])
             if f"{name}.{label}.step" not in tensors:
                 continue
             keys = [key for key in _MOMENTS if f"{name}.{label}.{key}" in tensors]

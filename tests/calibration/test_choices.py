@@ -144,8 +144,19 @@ class TestWeights:
             assert not torch.equal(mean, end)
             assert (mean - begin).norm() < (end - begin).norm()
 
-    def test_average_survives_an_interruption(self, tmp_path, monkeypatch):
-        config = dataclasses.replace(SHORT, average=0.5)
+    def test_a_share_of_the_start_stays_in_the_weights(self):
+        mixed, _ = run_fit(dataclasses.replace(SHORT, start_share=0.25))
+        last, _ = run_fit(SHORT)
+        start, _ = run_fit(dataclasses.replace(SHORT, steps=0))
+        for weight, end, begin in zip(*map(weights_of, (mixed, last, start)), strict=True):
+            torch.testing.assert_close(weight, 0.25 * begin + 0.75 * end)
+            assert not torch.equal(end, begin)
+
+    @pytest.mark.parametrize("change", [{"average": 0.5}, {"start_share": 0.5}])
+    def test_what_takes_the_place_of_weights_survives_an_interruption(
+        self, tmp_path, monkeypatch, change
+    ):
+        config = dataclasses.replace(SHORT, **change)
         whole, _ = run_fit(config)
         update = site_trainer.GateTrainer.end
 
@@ -195,6 +206,8 @@ def test_rates_fall_to_the_last_one(schedule):
         {"schedule": "steep"},
         {"target": "mean"},
         {"average": 1.0},
+        {"start_share": 1.0},
+        {"start_share": -0.1},
         {"shared_steps": -1},
         {"far_rows": -0.5},
         {"steps": -1},
