@@ -21,15 +21,16 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import torch
 from kernels_speed import Bench
 from measuring import Row, add_common_options, context, table, write_rows
+from torch import Tensor
 
 from seer_compile.kernels import engines
-from seer_compile.kernels.triton import hopper_attention
 
 DENSITY = 0.1
 STALLS = (
@@ -52,28 +53,30 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def attend(length: int, dim: int, heads: int = 32) -> None:
-    """Launch the forward of the Hopper engine."""
+Arguments = tuple[Any, ...]
+
+
+def attend(
+    length: int = 32768, dim: int = 128, heads: int = 32
+) -> tuple[Arguments, Arguments, tuple[Tensor, Tensor]]:
+    """Launch the forward; return its tensors, its other arguments, and what it answers."""
     bench = Bench(length, dim, heads, heads // 4)
-    selection = bench.select(DENSITY, 64, 64, heads // 4)
     tensors = (bench.query, bench.key, bench.value)
-    hopper_attention.launch(*tensors, *selection, bench.scale, 64, 64, upper=0)
+    about = (*bench.select(DENSITY, 64, 64, heads // 4), bench.scale, 64, 64, 0)
+    return tensors, about, engines.forward(*tensors, *about)
 
 
 def differentiate() -> None:
-    """Launch the backward of the operator."""
-    bench = Bench(32768)
-    tensors = (bench.query, bench.key, bench.value)
-    about = (*bench.select(DENSITY, 64, 64, 8), bench.scale, 64, 64, 0)
-    out, lse = engines.forward(*tensors, *about)
+    """Launch the forward and the backward."""
+    tensors, about, (out, lse) = attend()
     engines.backward(torch.randn_like(out), *tensors, out, lse, *about)
 
 
-CASES: dict[str, tuple[str, Callable[[], None]]] = {
-    "D128": ("_hopper_attention", lambda: attend(32768, 128)),
-    "D128, 8,192 tokens": ("_hopper_attention", lambda: attend(8192, 128)),
-    "D64": ("_hopper_attention", lambda: attend(32768, 64)),
-    "D256, 16 and 4 heads": ("_hopper_attention", lambda: attend(32768, 256, 16)),
+CASES: dict[str, tuple[str, Callable[[], Any]]] = {
+    "D128": ("_hopper_attention", attend),
+    "D128, 8,192 tokens": ("_hopper_attention", lambda: attend(8192)),
+    "D64": ("_hopper_attention", lambda: attend(dim=64)),
+    "D256, 16 and 4 heads": ("_hopper_attention", lambda: attend(dim=256, heads=16)),
     "gradient of queries, D128": ("query_gradient_kernel", differentiate),
     "gradients of keys and values, D128": ("key_gradient_kernel", differentiate),
 }

@@ -89,15 +89,15 @@ def _match_fraction(
     scores: Tensor, inputs: SiteInputs, block_size: BlockSize, wanted: float
 ) -> tuple[BlockSelection, float]:
     low, high, nearest = 0.0, 1.0, math.inf
-    best: list[tuple[BlockSelection, float]] = []
-    while not best or (nearest >= 1 and high - low > 1e-9):
+    best: tuple[BlockSelection, float] | None = None
+    while best is None or (nearest >= 1 and high - low > 1e-9):
         budget = (low + high) / 2
         selection = select(scores, inputs, block_size, "fraction", budget)
         kept = int(selection.counts.sum())
-        if abs(kept - wanted) < nearest:
-            nearest, best = abs(kept - wanted), [(selection, budget)]
+        if best is None or abs(kept - wanted) < nearest:
+            nearest, best = abs(kept - wanted), (selection, budget)
         low, high = (budget, high) if kept < wanted else (low, budget)
-    return best[0]
+    return best
 
 
 def _match_mass(

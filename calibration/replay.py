@@ -39,8 +39,6 @@ _OPERANDS = ("query", "key", "value")
 
 class _Graph(NamedTuple):
     graph: torch.cuda.CUDAGraph
-    operands: tuple[Tensor, ...]
-    """What it reads; shared by the sites, which take turns."""
     rows: Tensor | None
     result: Tensor
 
@@ -83,7 +81,7 @@ class UpdateReplay:
                 _fill(held, tensors)
                 return self._update(gate, inputs, rows)
         found = self._graphs[kind]
-        _fill(found.operands, tensors)
+        _fill(self._held(tensors), tensors)
         if rows is not None and found.rows is not None:
             found.rows.copy_(rows)
         found.graph.replay()
@@ -97,7 +95,7 @@ class UpdateReplay:
         return sum(part.numel() * part.element_size() for part in parts) <= _MOST_BYTES
 
     def _held(self, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """Return tensors for the operands of all sites that have such ones."""
+        """Return what graphs read, shared by all sites with such operands: they take turns."""
         key = _layouts(tensors)
         if key not in self._operands:
             self._operands[key] = tuple(torch.empty_like(tensor) for tensor in tensors)
@@ -126,8 +124,7 @@ class UpdateReplay:
                 error,
             )
             return False
-        operands = tuple(getattr(inputs, name) for name in _OPERANDS)
-        self._graphs[kind] = _Graph(graph, operands, rows, result)
+        self._graphs[kind] = _Graph(graph, rows, result)
         return True
 
 

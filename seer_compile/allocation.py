@@ -218,33 +218,35 @@ def _searched(
     table: ShareTable, curve: BudgetCurve, density: float, length: float, least: float
 ) -> float:
     nearest = min(max(length, table.lengths[0]), table.lengths[-1])
-    power = _power(least, float(curve.row("densities", nearest).min()), length - nearest)
-    return table.at(nearest, density**power) ** (1 / power)
+    measured = float(curve.row("densities", nearest).min())
+    power = _power(table.lengths, length, least, measured)
+    return table.at(length, density**power) ** (1 / power)
 
 
 def _divergence(curve: SensitivityCurve, length: float, least: float, reach: float) -> _Points:
     measured = curve.least_density(length)
-    nearest = min(max(length, curve.lengths[0]), curve.lengths[-1])
-    power = _power(least, measured, length - nearest)
+    power = _power(curve.lengths, length, least, measured)
     if length <= curve.lengths[-1]:
         least = max(least, measured)
     grid = np.geomspace(least, max(reach, least), _GRID_POINTS)
     return list(zip(grid.tolist(), curve.at(length, grid**power).tolist(), strict=True))
 
 
-def _power(least: float, measured: float, further: float) -> float:
+def _power(lengths: Sequence[int], length: float, least: float, measured: float) -> float:
     """Return the power that makes densities at a length those of as many blocks where measured.
 
     The same blocks are a smaller share of a longer sequence and a larger one of a shorter: the
     least density moves, the others with it, and all blocks stay all blocks.
 
     Args:
+        lengths: Measured, ascending; between them nothing is moved.
+        length: Where densities are asked for.
         least: Density that every selection keeps at the length.
         measured: The same at the nearest measured length.
-        further: How much longer than that the length is; 0 where it lies among those measured.
     """
-    is_moved = (further > 0 and least < measured) or (further < 0 and least > measured)
-    if not is_moved or not (0 < least < 1 and 0 < measured < 1):
+    is_longer = length > lengths[-1] and least < measured
+    is_shorter = length < lengths[0] and least > measured
+    if not (is_longer or is_shorter) or not (0 < least < 1 and 0 < measured < 1):
         return 1.0
     return math.log(measured) / math.log(least)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
@@ -13,19 +12,10 @@ from seer_compile.calibration.baselines import BASELINES
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.task_evaluation import TaskEvaluator
 from support.models import decoder, token_ids
+from support.state import default_dtype
 
 QUICK = {"steps": 3, "warmup_steps": 1, "holdout_batches": 1, "checkpoint_every": 3}
 DTYPES = [torch.float64, torch.bfloat16]
-
-
-@contextlib.contextmanager
-def default_dtype(dtype):
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def calibrated(model, gates, training):

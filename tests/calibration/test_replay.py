@@ -14,6 +14,7 @@ from seer_compile.config import CalibrationConfig
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SiteInputs, Visibility
 from support.inputs import generator
+from support.state import default_dtype
 
 TRAINING = CalibrationConfig(steps=12, warmup_steps=3, holdout_batches=1, rows_per_step=64)
 HEADS, KV_HEADS, DIM = 4, 2, 64
@@ -128,12 +129,8 @@ def test_a_forward_under_modes_and_defaults_of_its_own_is_trained_alike(device):
 
     plain, store = GateStore(), GateStore()
     fit(forward, plain, LENGTHS, TRAINING, progress=False)
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         fit(in_inference_mode, store, LENGTHS, TRAINING, progress=False)
-    finally:
-        torch.set_default_dtype(default)
     state, expected = store.state_dict(), plain.state_dict()
     assert state.keys() == expected.keys()
     for name, value in state.items():

@@ -1,4 +1,4 @@
-"""Snapshots of the global state that no public call may change."""
+"""The global state that no public call may change: snapshots of it, and changes by the user."""
 
 from __future__ import annotations
 
@@ -172,3 +172,14 @@ def assert_nothing_global_changes(what: str = "the call"):
     yield
     changes = describe_changes(before, everything_global())
     assert not changes, f"{what} changed {changes}"
+
+
+@contextmanager
+def default_dtype(dtype):
+    """Make floating-point tensors of a dtype where none is named, as a user may."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
