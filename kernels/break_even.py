@@ -9,6 +9,11 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
+def head_dim_class(head_dim: int) -> int:
+    """Return the key of the tables for a head dim, the larger one of keys and values."""
+    return next((bound for bound in (64, 128) if head_dim <= bound), 256)
+
+
 class BreakEven(NamedTuple):
     """A call below any of these numbers is answered densely."""
 
@@ -20,15 +25,16 @@ class BreakEven(NamedTuple):
     """Products of dense attention: batch x heads x q_len x k_len x (head dim + value dim)."""
 
 
-TABLE: dict[str, BreakEven] = {
-    "cpu": BreakEven(q_len=128, k_len=1536, work=2.15e09),
-    "cuda": BreakEven(q_len=128, k_len=2048, work=1.2e11),
+TABLE: dict[tuple[str, int], BreakEven] = {
+    ("cpu", 64): BreakEven(q_len=128, k_len=1536, work=2.15e09),
+    ("cpu", 128): BreakEven(q_len=128, k_len=1536, work=2.15e09),
+    ("cpu", 256): BreakEven(q_len=128, k_len=1536, work=2.15e09),
+    ("cuda", 64): BreakEven(q_len=128, k_len=2048, work=1.2e11),
+    ("cuda", 128): BreakEven(q_len=128, k_len=2048, work=1.2e11),
+    ("cuda", 256): BreakEven(q_len=128, k_len=2048, work=1.2e11),
 }
-"""By device class: ``cpu``, ``cuda`` for any GPU, ``cuda-90`` for one compute capability.
-
-``cpu``: AMD EPYC with AVX-512, one thread, float32; 4/2 heads of D64 at 2,048 tokens take 28.9 ms
-at 20 % of the blocks and 32.8 ms densely; at 1,536 tokens 21.3 and 19.4 ms. ``cuda`` stands in for
-GPUs without an entry of their own: 32 heads of D128 at 4,096 tokens, where launches stop to count.
+"""By device class (``cpu``, ``cuda`` for any GPU, ``cuda-90`` for one compute capability) and by
+:func:`head_dim_class`. Times are those of a caller who waits, host and all.
 """
 
 
@@ -45,8 +51,7 @@ class DenseRule(NamedTuple):
 DENSE: dict[tuple[str, int], DenseRule] = {
     ("cuda-90", 128): DenseRule(flash_below=0.0, cudnn_from=8.7e12),
 }
-"""By device class and head dim (64: up to 64, 128: up to 128, 256: above). Without an entry, SDPA
-chooses.
+"""By device class and :func:`head_dim_class`. Without an entry, SDPA chooses.
 
 ``cuda-90``: one H200, torch 2.11.0+cu130: 32/8 heads of D128 at 32,768 tokens take 14.8 ms by cuDNN
 and 25.5 ms by flash.

@@ -5,6 +5,7 @@ Also the rule that says, from sizes the host knows, when the sparse path would n
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seer_compile.kernels import every_block
-from seer_compile.kernels.break_even import TABLE, BreakEven
+from seer_compile.kernels.break_even import TABLE, BreakEven, head_dim_class
 from seer_compile.kernels.dense_backends import device_class, fused_attention
 from seer_compile.types import Visibility
 
@@ -23,7 +24,13 @@ _FOLDED_QUERIES = 16
 
 
 def dense_reason(
-    *, q_len: int, k_len: int, width: int, device: torch.device, table: dict[str, BreakEven] = TABLE
+    *,
+    q_len: int,
+    k_len: int,
+    heads: int,
+    dims: tuple[int, int],
+    device: torch.device,
+    table: Mapping[tuple[str, int], BreakEven] = TABLE,
 ) -> str | None:
     """Return why a call is answered densely, or None where the sparse path pays.
 
@@ -32,24 +39,27 @@ def dense_reason(
     Args:
         q_len: Query tokens.
         k_len: Key tokens.
-        width: batch x heads x (head dim + value dim).
+        heads: Query heads of all sequences of the batch.
+        dims: Head dims of keys and of values.
         device: Where the tensors are.
-        table: Break-even sizes by device class.
+        table: Break-even sizes by device class and head dim class.
 
     Returns:
         ``"decode"``, ``"short"``, or None.
     """
     if q_len == 1:
         return "decode"
-    limit = _break_even(device, table)
-    is_short = q_len < limit.q_len or k_len < limit.k_len or width * q_len * k_len < limit.work
+    limit = _break_even(device, head_dim_class(max(dims)), table)
+    work = heads * q_len * k_len * sum(dims)
+    is_short = q_len < limit.q_len or k_len < limit.k_len or work < limit.work
     return "short" if is_short else None
 
 
-def _break_even(device: torch.device, table: dict[str, BreakEven]) -> BreakEven:
-    if device.type == "cuda":
-        return table.get(device_class(device), table["cuda"])
-    return table["cpu"]
+def _break_even(
+    device: torch.device, dim_class: int, table: Mapping[tuple[str, int], BreakEven]
+) -> BreakEven:
+    entry = table.get((device_class(device), dim_class))
+    return table[device.type, dim_class] if entry is None else entry
 
 
 class _Form(NamedTuple):

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.backends.cuda import SDPAParams
 
-from seer_compile.kernels.break_even import DENSE, DenseRule
+from seer_compile.kernels.break_even import DENSE, DenseRule, head_dim_class
 from seer_compile.kernels.counters import Tally
 
 SDPA, FLASH, CUDNN = "sdpa", "flash", "cudnn"
@@ -57,10 +57,9 @@ def preferred(
         device_key: Of :func:`device_class`.
         head_dim: The larger one of keys and values.
         work: batch x heads x q_len x k_len x (head dim + value dim).
-        table: Rules by device class and shape class.
+        table: Rules by device class and head dim class.
     """
-    shape_class = 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
-    rule = table.get((device_key, shape_class))
+    rule = table.get((device_key, head_dim_class(head_dim)))
     if rule is None:
         return SDPA
     if work < rule.flash_below:

@@ -215,7 +215,8 @@ def path_of(query: Tensor, key: Tensor, value: Tensor, gate: GateArguments) -> s
     return dense_reason(
         q_len=query.shape[2],
         k_len=key.shape[2],
-        width=query.shape[0] * query.shape[1] * (query.shape[3] + value.shape[3]),
+        heads=query.shape[0] * query.shape[1],
+        dims=(query.shape[3], value.shape[3]),
         device=query.device,
     )
 

@@ -128,24 +128,41 @@ def test_nothing_to_attend_to_is_zero(lengths):
 
 
 def test_rule_is_a_function_of_sizes():
-    table = {"cpu": BreakEven(q_len=16, k_len=100, work=1e6)}
+    table = {("cpu", 64): BreakEven(q_len=16, k_len=100, work=1e6)}
 
-    def reason(q_len, k_len, width):
-        return dense_reason(q_len=q_len, k_len=k_len, width=width, device=CPU, table=table)
+    def reason(q_len, k_len, heads):
+        sizes = {"q_len": q_len, "k_len": k_len, "heads": heads, "dims": (1, 1)}
+        return dense_reason(**sizes, device=CPU, table=table)
 
     assert reason(1, 10**6, 10**6) == "decode"
     assert reason(15, 10**6, 10**6) == "short"
     assert reason(16, 99, 10**6) == "short"
-    assert reason(16, 100, 624) == "short"
-    assert reason(16, 100, 625) is None
+    assert reason(16, 100, 312) == "short"
+    assert reason(16, 100, 313) is None
+
+
+@pytest.mark.parametrize(
+    ("dims", "reason"),
+    [((64, 64), None), ((65, 64), "short"), ((64, 128), "short"), ((129, 1), None)],
+)
+def test_the_larger_dim_says_which_entry_counts(dims, reason):
+    never = BreakEven(q_len=2**40, k_len=1, work=0.0)
+    always = BreakEven(q_len=1, k_len=1, work=0.0)
+    table = {("cpu", 64): always, ("cpu", 128): never, ("cpu", 256): always}
+    sizes = {"q_len": 64, "k_len": 64, "heads": 4, "dims": dims}
+    assert dense_reason(**sizes, device=CPU, table=table) == reason
 
 
 def test_rule_never_goes_back_to_dense_as_a_call_grows():
     lengths = [2**power for power in range(0, 21)]
     answers = [
-        dense_reason(q_len=length, k_len=length, width=8 * 128, device=CPU) for length in lengths
+        dense_reason(q_len=length, k_len=length, heads=8, dims=(64, 64), device=CPU)
+        for length in lengths
     ]
     first = answers.index(None)
     assert all(answer is None for answer in answers[first:])
     assert 512 <= lengths[first] <= 8192
-    assert {"cpu", "cuda"} <= set(TABLE)
+
+
+def test_every_kind_of_device_has_an_entry_for_every_head_dim():
+    assert {(device, dim) for device in ("cpu", "cuda") for dim in (64, 128, 256)} <= set(TABLE)

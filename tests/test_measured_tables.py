@@ -1,0 +1,141 @@
+"""The tables of ``kernels/`` that benchmarks write are what their records say."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
+sys.path.insert(0, str(BENCHMARKS))
+
+import break_even  # noqa: E402
+import cost_model  # noqa: E402
+import dense_rules  # noqa: E402
+import gated_calls  # noqa: E402
+from measured_tables import write_entry  # noqa: E402
+
+from seer_compile.kernels.break_even import BreakEven, DenseRule  # noqa: E402
+from seer_compile.kernels.cost_model import CallSize, CostModel  # noqa: E402
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_every_script_can_be_imported(name):
+    assert importlib.import_module(name).__doc__
+
+
+def record(q_len, k_len, work, *, gains, head_dim=64):
+    times = {"dense_ms": 2.0, "sparse_ms": 1.0 if gains else 1.97}
+    sizes = {"q_len": q_len, "k_len": k_len, "work": work, "head_dim": head_dim}
+    return {**sizes, **times, "device_class": "cpu"}
+
+
+def test_no_call_that_loses_is_admitted_and_as_many_as_can_be_are():
+    records = [
+        record(64, 64, 1e3, gains=True),
+        record(128, 128, 4e3, gains=False),
+        record(256, 256, 16e3, gains=True),
+        record(512, 512, 64e3, gains=True),
+        record(16, 4096, 65e3, gains=False),
+        record(128, 4096, 512e3, gains=True),
+    ]
+    assert break_even.break_even(records) == BreakEven(q_len=128, k_len=256, work=16e3)
+
+
+def test_where_nothing_gains_there_is_no_entry(capsys):
+    assert break_even.entries_of([record(128, 128, 1e4, gains=False)]) == {}
+    assert "never pays" in capsys.readouterr().out
+
+
+def test_head_dims_have_entries_of_their_own():
+    records = [
+        record(128, 128, 1e4, gains=True, head_dim=40),
+        record(128, 128, 1e4, gains=False, head_dim=64),
+        record(256, 256, 4e4, gains=True, head_dim=64),
+        record(512, 512, 2e5, gains=True, head_dim=128),
+    ]
+    assert break_even.entries_of(records) == {
+        ("cpu", 64): BreakEven(256, 256, 4e4),
+        ("cpu", 128): BreakEven(512, 512, 2e5),
+    }
+
+
+def test_the_last_run_of_a_file_counts(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    rows = [
+        {"figure": "break-even", "device_class": "cpu", "commit": commit, "k_len": k_len}
+        for commit, k_len in (("a", 1), ("b", 2), ("b", 3))
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"figure": "other"}]))
+    assert [row["k_len"] for row in break_even.last_run(path)] == [2, 3]
+
+
+@pytest.mark.parametrize("size", [gated_calls.Size(256, 256), gated_calls.Size(64, 256)])
+def test_both_paths_are_timed_at_a_size(size):
+    with torch.no_grad():
+        row = break_even.measure(gated_calls.Shape(2, 1, 32), size, CPU)
+    assert row["dense_ms"] > 0 < row["sparse_ms"]
+    assert row["work"] == 2 * 32 * 2 * size.q_len * size.k_len
+
+
+def test_a_wrong_answer_is_not_timed(monkeypatch):
+    shape = gated_calls.Shape(2, 1, 32)
+    tensors = gated_calls.operands(shape, gated_calls.Size(192, 192), CPU)
+    gated_calls.check_full_budget(shape, tensors)
+    monkeypatch.setattr(gated_calls, "gated_call", lambda *_: lambda: tensors[0])
+    with pytest.raises(SystemExit, match="a full budget is off"):
+        gated_calls.check_full_budget(shape, tensors)
+
+
+def test_every_shape_is_timed_at_the_same_sizes():
+    assert break_even.sizes_of("cuda") == break_even.sizes_of("cuda")
+
+
+def test_dense_rules_start_where_every_larger_call_gains():
+    times = [(1e6, 1.0, 2.0), (1e9, 2.0, 1.0), (1e10, 9.0, 8.5), (1e11, 60.0, 40.0)]
+    records = [
+        {"work": work, "flash_ms": flash, "cudnn_ms": cudnn, "plan_ms": 32.0}
+        for work, flash, cudnn in times
+    ]
+    assert dense_rules.rule_of(records) == DenseRule(flash_below=1e9, cudnn_from=1e11)
+    del records[0]["plan_ms"]
+    assert dense_rules.rule_of(records) is None
+
+
+def test_prices_are_found_again_from_the_times_they_make():
+    prices = CostModel(call=700.0, token=1.3, gate=2.5, kept=1.6, dense=1.7)
+    records = []
+    for shape in cost_model.SHAPES["cuda"]:
+        for length in cost_model.LENGTHS["cuda"]:
+            config = cost_model.CONFIG
+            blocks = (config.query_sub_block, config.key_sub_block, config.gate_dim)
+            size = CallSize(*shape, length, shape.kv_heads, *blocks)
+            for density in (None, *cost_model.DENSITIES):
+                us = prices.dense_time(size) if density is None else None
+                us = us or prices.sparse_time(size, density)
+                common = {**shape._asdict(), "length": length, "density": density}
+                records.append({**common, "ms": us / 1e3})
+    found, worst = cost_model.fit(records)
+    assert found == pytest.approx(prices, rel=1e-6)
+    assert worst < 1e-6
+
+
+def test_an_entry_is_replaced_or_added(tmp_path):
+    path = tmp_path / "table.py"
+    path.write_text(
+        'OTHER: int = {\n    "a": 0,\n}\nTABLE: dict = {\n    "a": 1,\n    "b": 2,\n}\n'
+    )
+    write_entry(path, "TABLE", '"a"', "3")
+    write_entry(path, "TABLE", '("c", 1)', "4")
+    assert path.read_text().endswith('= {\n    "a": 3,\n    "b": 2,\n    ("c", 1): 4,\n}\n')
+    assert path.read_text().startswith('OTHER: int = {\n    "a": 0,\n}\n')
+    with pytest.raises(SystemExit, match="no table 'THIRD'"):
+        write_entry(path, "THIRD", '"a"', "3")
