@@ -38,11 +38,11 @@ from seer_compile.kernels.dense_backends import device_class
 
 LENGTHS = {
     "cpu": (512, 768, 1024, 1536, 2048, 3072, 4096),
-    "cuda": (512, 1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768),
+    "cuda": (2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768),
 }
 LAST_QUERIES = {
     "cpu": ((64, 128, 512), (4096,)),
-    "cuda": ((64, 128, 256, 512, 1024, 2048, 4096), (8192, 32768, 131072)),
+    "cuda": ((64, 256, 512, 1024, 2048, 4096), (32768, 131072)),
 }
 """Numbers of queries, and of the keys whose last ones they are."""
 SHAPES = {

@@ -44,11 +44,12 @@ def dtype_of(device: torch.device) -> torch.dtype:
 
 def operands(shape: Shape, size: Size, device: torch.device) -> Operands:
     """Return query, key and value of one call, laid out as models have them, tokens first."""
-    generator = torch.Generator().manual_seed(size.k_len)
+    generator = torch.Generator(device).manual_seed(size.k_len)
 
     def draw(length: int, heads: int) -> Tensor:
-        values = torch.randn(1, length, heads, shape.head_dim, generator=generator)
-        return values.to(device, dtype_of(device)).transpose(1, 2)
+        sizes = (1, length, heads, shape.head_dim)
+        values = torch.randn(sizes, generator=generator, device=device, dtype=dtype_of(device))
+        return values.transpose(1, 2)
 
     return draw(size.q_len, shape.heads), *(draw(size.k_len, shape.kv_heads) for _ in range(2))
 

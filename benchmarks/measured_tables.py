@@ -25,7 +25,7 @@ def write_entry(path: Path, dictionary: str, key: str, entry: str) -> None:
         entry: The value as it stands in the source.
     """
     text = path.read_text()
-    table = re.search(rf"^{dictionary}: .* = {{\n(.*?)^}}\n", text, re.MULTILINE | re.DOTALL)
+    table = re.search(rf"^{dictionary}: [^\n]* = {{\n(.*?)^}}\n", text, re.MULTILINE | re.DOTALL)
     if table is None:
         raise SystemExit(f"{path} holds no table {dictionary!r}")
     line = f"    {key}: {entry},\n"

@@ -130,12 +130,11 @@ def test_prices_are_found_again_from_the_times_they_make():
 
 def test_an_entry_is_replaced_or_added(tmp_path):
     path = tmp_path / "table.py"
-    path.write_text(
-        'OTHER: int = {\n    "a": 0,\n}\nTABLE: dict = {\n    "a": 1,\n    "b": 2,\n}\n'
-    )
+    before, after = 'FIRST: dict = {\n    "a": 0,\n}\n', 'LAST: dict = {\n    "a": 0,\n}\n'
+    path.write_text(before + 'TABLE: dict = {\n    "a": 1,\n    "b": 2,\n}\n' + after)
     write_entry(path, "TABLE", '"a"', "3")
     write_entry(path, "TABLE", '("c", 1)', "4")
-    assert path.read_text().endswith('= {\n    "a": 3,\n    "b": 2,\n    ("c", 1): 4,\n}\n')
-    assert path.read_text().startswith('OTHER: int = {\n    "a": 0,\n}\n')
+    written = 'TABLE: dict = {\n    "a": 3,\n    "b": 2,\n    ("c", 1): 4,\n}\n'
+    assert path.read_text() == before + written + after
     with pytest.raises(SystemExit, match="no table 'THIRD'"):
         write_entry(path, "THIRD", '"a"', "3")
