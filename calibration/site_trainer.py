@@ -45,9 +45,7 @@ class GateTrainer:
             with _plain_numerics(inputs.query.device):
                 fit_to_statistics(gate, inputs, seed=f"{self.config.seed}:{name}")
         gate.requires_grad_(True)
-        if self.config.start_share:
-            weights = gate.named_parameters()
-            self.starts[name] = {label: weight.detach().clone() for label, weight in weights}
+        self.keep_start(name, gate)
         is_cuda, rate = gate.query_weight.is_cuda, 0.0
         if is_cuda:
             # A number would be recorded with an update that is replayed. The forward may run under
@@ -62,6 +60,12 @@ class GateTrainer:
             fused=is_cuda,
             capturable=is_cuda,
         )
+
+    def keep_start(self, name: str, gate: AttnGate) -> None:
+        """Keep the weights of a gate as its start, of which a share is to stay."""
+        if self.config.start_share:
+            weights = gate.named_parameters()
+            self.starts[name] = {label: weight.detach().clone() for label, weight in weights}
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Train the site's gate on these inputs and answer densely."""

@@ -304,8 +304,9 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
                 break
     if not reached:
         raise no_site()
-    for gate in reached.values():
+    for name, gate in reached.items():
         distributed.broadcast(weight.data for weight in gate.parameters())
+        trainer.keep_start(name, gate)
 
 
 def _train(run: Run, session: _Session, interruption: Interruption, *, progress: bool) -> None:

@@ -194,7 +194,7 @@ class CalibrationConfig:
     average: float = 0.0
     """Decay per step of a moving average of the weights, which takes their place at the end; 0
     keeps the last ones."""
-    start_share: float = 0.0
+    start_share: float = 0.25
     """Share of the start in the weights at the end: 0.25 leaves a quarter of the ranking by means,
     which is worse on the text of training and may be better on other text (Wortsman et al.,
     arXiv:2109.01903)."""
@@ -216,7 +216,7 @@ class CalibrationConfig:
     far_rows: float = 0.0
     """Weight, beyond 1, of a row in the loss, per share of its mass outside of the blocks that
     every selection keeps."""
-    rows_per_step: int = 4096
+    rows_per_step: int = 2048
     """Query sub-blocks per sequence that enter the loss; all when a sequence has fewer."""
     holdout_batches: int = 4
     """Batches kept out of training, on which the mass and density tables are made."""

@@ -135,9 +135,9 @@ class TestTargets:
 
 class TestWeights:
     def test_average_follows_and_takes_the_place_of_the_weights(self):
-        config = dataclasses.replace(SHORT, average=0.5)
-        averaged, _ = run_fit(config)
-        last, _ = run_fit(SHORT)
+        config = dataclasses.replace(SHORT, start_share=0.0)
+        averaged, _ = run_fit(dataclasses.replace(config, average=0.5))
+        last, _ = run_fit(config)
         start, _ = run_fit(dataclasses.replace(SHORT, steps=0))
         parts = zip(*map(weights_of, (averaged, last, start)), strict=True)
         for mean, end, begin in parts:
@@ -146,7 +146,7 @@ class TestWeights:
 
     def test_a_share_of_the_start_stays_in_the_weights(self):
         mixed, _ = run_fit(dataclasses.replace(SHORT, start_share=0.25))
-        last, _ = run_fit(SHORT)
+        last, _ = run_fit(dataclasses.replace(SHORT, start_share=0.0))
         start, _ = run_fit(dataclasses.replace(SHORT, steps=0))
         for weight, end, begin in zip(*map(weights_of, (mixed, last, start)), strict=True):
             torch.testing.assert_close(weight, 0.25 * begin + 0.75 * end)
