@@ -4,8 +4,9 @@
     python benchmarks/break_even.py --rows break_even.jsonl --write
 
 Times dense attention, by whoever answers dense calls (``dense_rules.py``), and the whole gated
-operator (pooling, scores, selection, attention), on causal calls of growing length and on the last
-queries of long ones: from which sizes on the gated operator is faster at the reference density.
+operator (pooling, scores, selection, attention), on causal calls of growing length, of one sequence
+and of several, and on the last queries of long ones: from which sizes on the gated operator is
+faster at the reference density.
 What is timed is what a caller waits for, from an idle device to an idle device. It prints the
 entries of ``TABLE`` in ``kernels/break_even.py``; ``--write`` puts them there, ``--rows`` reads the
 last run of a file instead of measuring. Before anything is timed, a full budget must reproduce
@@ -24,7 +25,6 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
@@ -45,6 +45,8 @@ LAST_QUERIES = {
     "cuda": ((64, 256, 512, 1024, 2048, 4096), (32768, 131072)),
 }
 """Numbers of queries, and of the keys whose last ones they are."""
+BATCHES = {"cpu": ((1024, 2048), (4,)), "cuda": ((1024, 2048, 3072, 4096, 8192), (16,))}
+"""Lengths of several sequences, and how many."""
 SHAPES = {
     "cpu": (Shape(4, 2, 64), Shape(8, 2, 64), Shape(4, 2, 128), Shape(8, 8, 128), Shape(4, 2, 256)),
     "cuda": (
@@ -78,7 +80,8 @@ def waiting_ms(calls: dict[str, Call], device: str) -> dict[str, float]:
 def sizes_of(device: str) -> list[Size]:
     """Return the sizes that are timed."""
     last = itertools.starmap(Size, itertools.product(*LAST_QUERIES[device]))
-    return [*(Size(length, length) for length in LENGTHS[device]), *last]
+    several = (Size(length, length, batch) for length, batch in itertools.product(*BATCHES[device]))
+    return [*(Size(length, length) for length in LENGTHS[device]), *last, *several]
 
 
 def measure(shape: Shape, size: Size, device: torch.device) -> Row:
@@ -86,7 +89,7 @@ def measure(shape: Shape, size: Size, device: torch.device) -> Row:
     tensors = operands(shape, size, device)
     check_full_budget(shape, tensors)
     calls = {"dense": dense_call(tensors), "sparse": gated_call(shape, tensors, DENSITY)}
-    work = float(2 * shape.heads * shape.head_dim * size.q_len * size.k_len)
+    work = float(2 * size.batch * shape.heads * shape.head_dim * size.q_len * size.k_len)
     times = waiting_ms(calls, device.type)
     about = {"density": DENSITY, "device_class": device_class(device)}
     return {**shape._asdict(), **size._asdict(), **times, "work": work, **about}
@@ -97,24 +100,20 @@ def _gains(record: Row) -> bool:
 
 
 def break_even(records: list[Row]) -> BreakEven | None:
-    """Return the limits that admit the most calls, none of which loses; None if no call gains."""
+    """Return the limits above which every measured call gains; None if the largest one does not.
+
+    What a call costs besides its products is the host's, much the same for all: so work decides,
+    and the fewest tokens with which anything gained bound what was not measured.
+    """
     gaining = [record for record in records if _gains(record)]
     losing = [record for record in records if not _gains(record)]
-    best, most = None, 0
-    starts = (sorted({record[name] for record in gaining}) for name in BreakEven._fields)
-    for limits in itertools.product(*starts):
-
-        def admitted(record: Row, limits: tuple[Any, ...] = limits) -> bool:
-            places = zip(BreakEven._fields, limits, strict=True)
-            return all(record[name] >= limit for name, limit in places)
-
-        if any(map(admitted, losing)):
-            continue
-        count = sum(map(admitted, gaining))
-        # Of limits that admit as many, the last ones are the tightest: nothing beyond was seen.
-        if count >= max(most, 1):
-            best, most = BreakEven(*limits), count
-    return best
+    if not gaining:
+        return None
+    q_len, k_len = (min(record[name] for record in gaining) for name in ("q_len", "k_len"))
+    admitted = [r for r in losing if r["q_len"] >= q_len and r["k_len"] >= k_len]
+    worst = max((record["work"] for record in admitted), default=0.0)
+    works = [record["work"] for record in gaining if record["work"] > worst]
+    return BreakEven(q_len, k_len, min(works)) if works else None
 
 
 def entries_of(records: list[Row]) -> dict[tuple[str, int], BreakEven]:
@@ -168,7 +167,7 @@ def main() -> None:
         about = {"figure": "break-even", **context(options, "break_even.py")}
         with torch.no_grad():
             records = write_rows(options.out, measured(), about)
-    columns = ["heads", "kv_heads", "head_dim", "q_len", "k_len", "dense_ms", "sparse_ms"]
+    columns = [*Shape._fields, *Size._fields, "dense_ms", "sparse_ms"]
     print(table(records, columns))
     for (name, head_dim), entry in entries_of(records).items():
         key = f'("{name}", {head_dim})'

@@ -4,7 +4,8 @@
 
 Times dense attention and the whole gated operator on causal calls of several shapes, lengths and
 densities, and fits the prices of ``kernels/cost_model.py`` to them by least relative squares, none
-below 0; ``--write`` puts the entry there. The worst relative error of a time is printed. Before
+below 0; ``--write`` puts the entry there. The worst relative error of a time is printed. On a GPU
+times are those of the device: what the host needs depends on what else a model asks of it. Before
 anything is timed, a full budget must reproduce dense attention.
 """
 
@@ -23,7 +24,7 @@ import numpy as np
 import torch
 from gated_calls import CONFIG, Shape, Size, check_full_budget, dense_call, gated_call, operands
 from measured_tables import KERNELS, write_entry
-from measuring import Row, add_common_options, context, eager_ms, table, write_rows
+from measuring import Row, add_common_options, context, device_ms, table, write_rows
 
 from seer_compile.kernels.cost_model import CallSize, CostModel
 from seer_compile.kernels.dense_backends import device_class
@@ -45,7 +46,7 @@ def measure(device: torch.device) -> Iterator[Row]:
             for density in (None, *DENSITIES):
                 is_dense = density is None
                 call = dense_call(tensors) if is_dense else gated_call(shape, tensors, density)
-                ms = eager_ms(call, device.type)
+                ms = device_ms(call, device.type)
                 yield {**shape._asdict(), "length": length, "density": density, "ms": ms}
 
 

@@ -28,10 +28,11 @@ class Shape(NamedTuple):
 
 
 class Size(NamedTuple):
-    """Tokens of a causal call; fewer queries than keys are the last ones."""
+    """Tokens and sequences of a causal call; fewer queries than keys are the last ones."""
 
     q_len: int
     k_len: int
+    batch: int = 1
 
 
 Operands = tuple[Tensor, Tensor, Tensor]
@@ -47,7 +48,7 @@ def operands(shape: Shape, size: Size, device: torch.device) -> Operands:
     generator = torch.Generator(device).manual_seed(size.k_len)
 
     def draw(length: int, heads: int) -> Tensor:
-        sizes = (1, length, heads, shape.head_dim)
+        sizes = (size.batch, length, heads, shape.head_dim)
         values = torch.randn(sizes, generator=generator, device=device, dtype=dtype_of(device))
         return values.transpose(1, 2)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -38,16 +39,21 @@ def record(q_len, k_len, work, *, gains, head_dim=64):
     return {**sizes, **times, "device_class": "cpu"}
 
 
-def test_no_call_that_loses_is_admitted_and_as_many_as_can_be_are():
+def test_no_call_that_loses_is_admitted():
     records = [
-        record(64, 64, 1e3, gains=True),
-        record(128, 128, 4e3, gains=False),
-        record(256, 256, 16e3, gains=True),
+        record(64, 64, 1e3, gains=False),
+        record(128, 128, 4e3, gains=True),
+        record(256, 256, 16e3, gains=False),
         record(512, 512, 64e3, gains=True),
         record(16, 4096, 65e3, gains=False),
         record(128, 4096, 512e3, gains=True),
     ]
-    assert break_even.break_even(records) == BreakEven(q_len=128, k_len=256, work=16e3)
+    assert break_even.break_even(records) == BreakEven(q_len=128, k_len=128, work=64e3)
+
+
+def test_where_the_largest_call_loses_there_is_no_entry():
+    records = [record(64, 64, 1e3, gains=True), record(128, 128, 4e3, gains=False)]
+    assert break_even.break_even(records) is None
 
 
 def test_where_nothing_gains_there_is_no_entry(capsys):
@@ -63,7 +69,7 @@ def test_head_dims_have_entries_of_their_own():
         record(512, 512, 2e5, gains=True, head_dim=128),
     ]
     assert break_even.entries_of(records) == {
-        ("cpu", 64): BreakEven(256, 256, 4e4),
+        ("cpu", 64): BreakEven(128, 128, 4e4),
         ("cpu", 128): BreakEven(512, 512, 2e5),
     }
 
@@ -78,12 +84,12 @@ def test_the_last_run_of_a_file_counts(tmp_path):
     assert [row["k_len"] for row in break_even.last_run(path)] == [2, 3]
 
 
-@pytest.mark.parametrize("size", [gated_calls.Size(256, 256), gated_calls.Size(64, 256)])
+@pytest.mark.parametrize("size", [(256, 256, 1), (64, 256, 1), (128, 128, 3)])
 def test_both_paths_are_timed_at_a_size(size):
     with torch.no_grad():
-        row = break_even.measure(gated_calls.Shape(2, 1, 32), size, CPU)
+        row = break_even.measure(gated_calls.Shape(2, 1, 32), gated_calls.Size(*size), CPU)
     assert row["dense_ms"] > 0 < row["sparse_ms"]
-    assert row["work"] == 2 * 32 * 2 * size.q_len * size.k_len
+    assert row["work"] == 2 * 32 * 2 * math.prod(size)
 
 
 def test_a_wrong_answer_is_not_timed(monkeypatch):
