@@ -9,7 +9,7 @@ and of several, and on the last queries of long ones: from which sizes on the ga
 faster at the reference density.
 What is timed is what a caller waits for, from an idle device to an idle device. It prints the
 entries of ``TABLE`` in ``kernels/break_even.py``; ``--write`` puts them there, ``--rows`` reads the
-last run of a file instead of measuring. Before anything is timed, a full budget must reproduce
+last runs of a file instead of measuring. Before anything is timed, a full budget must reproduce
 dense attention.
 """
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 import statistics
 import sys
 import time
@@ -30,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from gated_calls import Shape, Size, check_full_budget, dense_call, gated_call, operands
-from measured_tables import FASTER, KERNELS, floor_of, write_entry
+from measured_tables import FASTER, KERNELS, digits, floor_of, write_entry
 from measuring import Call, Row, add_common_options, context, synchronize, table, write_rows
 
 from seer_compile.kernels.break_even import BreakEven, head_dim_class
@@ -99,21 +100,43 @@ def _gains(record: Row) -> bool:
     return record["sparse_ms"] < FASTER * record["dense_ms"]
 
 
-def break_even(records: list[Row]) -> BreakEven | None:
-    """Return the limits above which every measured call gains; None if the largest one does not.
+def _kind(record: Row) -> tuple[bool, bool]:
+    """Return the kind of a call: all queries or the last ones, and one sequence or several."""
+    return record["q_len"] == record["k_len"], record["batch"] > 1
 
-    What a call costs besides its products is the host's, much the same for all: so work decides,
-    and the fewest tokens with which anything gained bound what was not measured.
+
+def break_even(records: list[Row]) -> BreakEven | None:
+    """Return the limits above which every measured call gains, and most is gained.
+
+    A gain is the logarithm of dense time over sparse time. The kinds of calls count alike, however
+    many of each were measured.
+
+    Returns:
+        None where no limits admit a call without admitting one that loses.
     """
     gaining = [record for record in records if _gains(record)]
     losing = [record for record in records if not _gains(record)]
-    if not gaining:
-        return None
-    q_len, k_len = (min(record[name] for record in gaining) for name in ("q_len", "k_len"))
-    admitted = [r for r in losing if r["q_len"] >= q_len and r["k_len"] >= k_len]
-    worst = max((record["work"] for record in admitted), default=0.0)
-    works = [record["work"] for record in gaining if record["work"] > worst]
-    return BreakEven(q_len, k_len, min(works)) if works else None
+    gains = [math.log(record["dense_ms"] / record["sparse_ms"]) for record in gaining]
+    kinds = [_kind(record) for record in gaining]
+    sums = {kind: sum(g for g, k in zip(gains, kinds, strict=True) if k == kind) for kind in kinds}
+    shares = [gain / sums[kind] for gain, kind in zip(gains, kinds, strict=True)]
+    found: list[tuple[float, int, BreakEven]] = []
+    starts = (sorted({record[name] for record in gaining}) for name in BreakEven._fields)
+    for limits in itertools.starmap(BreakEven, itertools.product(*starts)):
+        if any(_admits(limits, record) for record in losing):
+            continue
+        rows = zip(shares, gaining, strict=True)
+        total = sum(share for share, record in rows if _admits(limits, record))
+        if total:
+            # Of limits that admit the same calls the tightest, but for the queries: what was not
+            # measured are few queries of several sequences, and their work says enough of them.
+            found.append((total, -limits.q_len, limits))
+    return max(found)[-1] if found else None
+
+
+def _admits(limits: BreakEven, record: Row) -> bool:
+    places = zip(BreakEven._fields, limits, strict=True)
+    return all(record[name] >= limit for name, limit in places)
 
 
 def entries_of(records: list[Row]) -> dict[tuple[str, int], BreakEven]:
@@ -133,18 +156,17 @@ def entries_of(records: list[Row]) -> dict[tuple[str, int], BreakEven]:
 def source_of(entry: BreakEven) -> str:
     """Return an entry as it stands in the table."""
     sizes = f"q_len={entry.q_len}, k_len={entry.k_len}"
-    return f"BreakEven({sizes}, work={floor_of(entry.work):.3g})"
+    return f"BreakEven({sizes}, work={digits(floor_of(entry.work))})"
 
 
-def last_run(path: Path) -> list[Row]:
-    """Return the records of the last commit in a file."""
+def last_runs(path: Path) -> list[Row]:
+    """Return the records of the last commit of every device class in a file."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     rows = [row for row in rows if row["figure"] == "break-even" and "device_class" in row]
     if not rows:
         raise SystemExit(f"{path} holds no records of break_even.py")
-    last = rows[-1]
-    names = ("commit", "device_class")
-    return [row for row in rows if all(row[name] == last[name] for name in names)]
+    last = {row["device_class"]: row["commit"] for row in rows}
+    return [row for row in rows if row["commit"] == last[row["device_class"]]]
 
 
 def main() -> None:
@@ -156,7 +178,7 @@ def main() -> None:
     options = parser.parse_args()
     begun = time.perf_counter()
     if options.rows:
-        records = last_run(options.rows)
+        records = last_runs(options.rows)
     else:
         device = torch.device(options.device)
 

@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import numpy as np
 import torch
 from gated_calls import CONFIG, Shape, Size, check_full_budget, dense_call, gated_call, operands
-from measured_tables import KERNELS, write_entry
+from measured_tables import KERNELS, digits, write_entry
 from measuring import Row, add_common_options, context, device_ms, table, write_rows
 
 from seer_compile.kernels.cost_model import CallSize, CostModel
@@ -85,7 +85,7 @@ def fit(records: list[Row]) -> tuple[CostModel, float]:
 
 def source_of(prices: CostModel) -> str:
     """Return an entry as it stands in the table."""
-    return f"CostModel({', '.join(f'{name}={x:.3g}' for name, x in prices._asdict().items())})"
+    return f"CostModel({', '.join(f'{name}={digits(x)}' for name, x in prices._asdict().items())})"
 
 
 def main() -> None:

@@ -22,7 +22,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from gated_calls import Operands, Shape, Size, operands
-from measured_tables import FASTER, KERNELS, floor_of, write_entry
+from measured_tables import FASTER, KERNELS, digits, floor_of, write_entry
 from measuring import BACKENDS, Row, add_common_options, context, device_ms, table, write_rows
 
 from seer_compile.kernels.break_even import DenseRule
@@ -102,7 +102,7 @@ def rule_of(records: list[Row]) -> DenseRule | None:
 
 def source_of(rule: DenseRule) -> str:
     """Return a rule as it stands in the table."""
-    bounds = (f"{floor_of(x):.3g}" if math.isfinite(x) else 'float("inf")' for x in rule)
+    bounds = (digits(floor_of(x)) if math.isfinite(x) else 'float("inf")' for x in rule)
     below, start = (bound if "." in bound or '"' in bound else f"{bound}.0" for bound in bounds)
     return f"DenseRule(flash_below={below}, cudnn_from={start})"
 

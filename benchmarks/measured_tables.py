@@ -15,6 +15,11 @@ def floor_of(work: float) -> float:
     return 0.99 * work
 
 
+def digits(value: float) -> str:
+    """Return three digits of a number, as the formatter would have it."""
+    return f"{value:.3g}".replace("e+", "e")
+
+
 def write_entry(path: Path, dictionary: str, key: str, entry: str) -> None:
     """Replace one entry of a dictionary in a file, or add it after the others.
 

@@ -59,13 +59,14 @@ def _products(size: CallSize) -> float:
 TABLE: dict[str, CostModel] = {
     "cpu": CostModel(call=3.0e3, token=2.4e4, gate=1.1e5, kept=2.6e4, dense=2.7e4),
     "cuda": CostModel(call=60, token=1.4, gate=3.6, kept=1.75, dense=1.7),
-    "cuda-90": CostModel(call=60, token=1.3, gate=2.3, kept=1.75, dense=1.7),
+    "cuda-90": CostModel(call=44.6, token=1.87, gate=5.53, kept=1.43, dense=1.89),
 }
 """By device class: ``cpu``, ``cuda`` for any GPU, ``cuda-90`` for one compute capability.
 
-``cuda`` is an H200 at 32 heads of D128 and 32,768 tokens, causal, from ``benchmarks/results``:
-1.54 ms of attention at 10 % (op_speed), 0.97 of scores and selection, 0.24 of pooling (gate_speed),
-14.9 of dense attention. ``cuda-90`` has the Hopper kernel's 0.61 ms of scores and selection. A mask
+``cuda-90``: one H200, 8/2 heads of D64 and 32/8 of D128 at 4,096 to 32,768 tokens, on the device:
+the worst time is off by a half, at the shortest calls; at 32,768 tokens all by less than 26 %.
+``cuda`` is the portable kernels on that H200 at 32 heads of D128 and 32,768 tokens: 1.54 ms of
+attention at 10 %, 0.97 of scores and selection, 0.24 of pooling, 14.9 of dense attention. A mask
 that hides half of the pairs halves every price.
 """
 

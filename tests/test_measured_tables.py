@@ -33,55 +33,58 @@ def test_every_script_can_be_imported(name):
     assert importlib.import_module(name).__doc__
 
 
-def record(q_len, k_len, work, *, gains, head_dim=64):
-    times = {"dense_ms": 2.0, "sparse_ms": 1.0 if gains else 1.97}
-    sizes = {"q_len": q_len, "k_len": k_len, "work": work, "head_dim": head_dim}
+def record(q_len, k_len, work, *, gain=2.0, head_dim=64, batch=1):
+    times = {"dense_ms": 2.0, "sparse_ms": 2.0 / gain}
+    sizes = {"q_len": q_len, "k_len": k_len, "batch": batch, "work": work, "head_dim": head_dim}
     return {**sizes, **times, "device_class": "cpu"}
 
 
-def test_no_call_that_loses_is_admitted():
+def test_no_call_that_loses_is_admitted_and_all_others_are():
     records = [
-        record(64, 64, 1e3, gains=False),
-        record(128, 128, 4e3, gains=True),
-        record(256, 256, 16e3, gains=False),
-        record(512, 512, 64e3, gains=True),
-        record(16, 4096, 65e3, gains=False),
-        record(128, 4096, 512e3, gains=True),
+        record(64, 64, 1e3),
+        record(128, 128, 4e3, gain=1.01),
+        record(256, 256, 16e3),
+        record(512, 512, 64e3),
+        record(16, 4096, 65e3, gain=0.5),
+        record(128, 4096, 512e3),
     ]
-    assert break_even.break_even(records) == BreakEven(q_len=128, k_len=128, work=64e3)
+    assert break_even.break_even(records) == BreakEven(q_len=64, k_len=256, work=16e3)
 
 
-def test_where_the_largest_call_loses_there_is_no_entry():
-    records = [record(64, 64, 1e3, gains=True), record(128, 128, 4e3, gains=False)]
-    assert break_even.break_even(records) is None
+def test_many_calls_of_one_kind_do_not_decide_over_the_others():
+    last = [record(64 * n, 4096, 1e6 * n, gain=1.2) for n in (1, 2, 3)]
+    whole = [record(512, 512, 1e4), record(1024, 1024, 1e5)]
+    # Either all of the first are left out, or all of the others.
+    between = record(256, 512, 1e5, gain=0.5)
+    several = [record(512, 512, 1e5, batch=4)]
+    assert break_even.break_even([*last, *whole, *several, between]) == BreakEven(512, 512, 1e4)
 
 
 def test_where_nothing_gains_there_is_no_entry(capsys):
-    assert break_even.entries_of([record(128, 128, 1e4, gains=False)]) == {}
+    assert break_even.entries_of([record(128, 128, 1e4, gain=0.9)]) == {}
     assert "never pays" in capsys.readouterr().out
 
 
 def test_head_dims_have_entries_of_their_own():
     records = [
-        record(128, 128, 1e4, gains=True, head_dim=40),
-        record(128, 128, 1e4, gains=False, head_dim=64),
-        record(256, 256, 4e4, gains=True, head_dim=64),
-        record(512, 512, 2e5, gains=True, head_dim=128),
+        record(128, 128, 1e4, head_dim=40),
+        record(128, 128, 1e4, gain=0.9, head_dim=64),
+        record(256, 256, 4e4, head_dim=64),
+        record(512, 512, 2e5, head_dim=128),
     ]
     assert break_even.entries_of(records) == {
-        ("cpu", 64): BreakEven(128, 128, 4e4),
+        ("cpu", 64): BreakEven(128, 256, 4e4),
         ("cpu", 128): BreakEven(512, 512, 2e5),
     }
 
 
-def test_the_last_run_of_a_file_counts(tmp_path):
+def test_the_last_run_of_every_device_counts(tmp_path):
     path = tmp_path / "rows.jsonl"
-    rows = [
-        {"figure": "break-even", "device_class": "cpu", "commit": commit, "k_len": k_len}
-        for commit, k_len in (("a", 1), ("b", 2), ("b", 3))
-    ]
+    names = ("figure", "device_class", "commit", "k_len")
+    runs = [("cpu", "a", 1), ("gpu", "a", 2), ("gpu", "b", 3), ("gpu", "b", 4)]
+    rows = [dict(zip(names, ("break-even", *run), strict=True)) for run in runs]
     path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {"figure": "other"}]))
-    assert [row["k_len"] for row in break_even.last_run(path)] == [2, 3]
+    assert [row["k_len"] for row in break_even.last_runs(path)] == [1, 3, 4]
 
 
 @pytest.mark.parametrize("size", [(256, 256, 1), (64, 256, 1), (128, 128, 3)])
