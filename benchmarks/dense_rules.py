@@ -92,8 +92,12 @@ def rule_of(records: list[Row]) -> DenseRule | None:
             start = record["work"]
         return start
 
+    flash_below = first_of_the_rest(lambda r: r["cudnn_ms"] < FASTER * r["flash_ms"])
+    if flash_below == records[0]["work"]:
+        # Flash was the faster one nowhere.
+        flash_below = 0.0
     return DenseRule(
-        flash_below=first_of_the_rest(lambda r: r["cudnn_ms"] < FASTER * r["flash_ms"]),
+        flash_below=flash_below,
         cudnn_from=first_of_the_rest(
             lambda r: r["cudnn_ms"] + r["plan_ms"] / PLAN_CALLS < FASTER * r["flash_ms"]
         ),

@@ -59,9 +59,9 @@ class DenseRule(NamedTuple):
 
 
 DENSE: dict[tuple[str, int], DenseRule] = {
-    ("cuda-90", 128): DenseRule(flash_below=1.33e08, cudnn_from=2.18e12),
+    ("cuda-90", 128): DenseRule(flash_below=0.0, cudnn_from=2.18e12),
     ("cuda-90", 64): DenseRule(flash_below=1.06e09, cudnn_from=4.35e12),
-    ("cuda-90", 256): DenseRule(flash_below=2.66e08, cudnn_from=1.09e12),
+    ("cuda-90", 256): DenseRule(flash_below=0.0, cudnn_from=1.09e12),
 }
 """By device class and :func:`head_dim_class`. Without an entry, SDPA chooses.
 

@@ -115,6 +115,8 @@ def test_dense_rules_start_where_every_larger_call_gains():
         for work, flash, cudnn in times
     ]
     assert dense_rules.rule_of(records) == DenseRule(flash_below=1e9, cudnn_from=1e11)
+    # Of what is smaller than all that was measured nothing is known.
+    assert dense_rules.rule_of(records[1:]).flash_below == 0.0
     del records[0]["plan_ms"]
     assert dense_rules.rule_of(records) is None
 

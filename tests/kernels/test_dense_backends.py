@@ -73,6 +73,14 @@ def test_without_a_rule_sdpa_chooses():
 
 
 @pytest.mark.parametrize("backend", ["flash", "cudnn"])
+@pytest.mark.parametrize("length", [1, 127])
+def test_fewer_queries_than_were_measured_are_left_to_sdpa(backend, length, monkeypatch):
+    choose(monkeypatch, backend)
+    call(length)
+    assert answers() == {"sdpa": 1}
+
+
+@pytest.mark.parametrize("backend", ["flash", "cudnn"])
 def test_a_call_that_is_not_taken_goes_to_sdpa_and_says_so(backend, monkeypatch):
     choose(monkeypatch, backend, takes=False)
     call()
