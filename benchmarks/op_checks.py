@@ -32,14 +32,14 @@ def check_rows(operator: Any) -> None:
     if not calls:
         raise SystemExit("the operator made no sparse attention call")
     for args, result in calls:
-        _check_call(result, *args)
+        check_call(result, *args)
     again = operator.call()()
     difference = (again.float() - out.float()).abs().max()
     if not float(difference) <= LIMIT:
         raise SystemExit(f"two calls differ by {float(difference):.3g}")
 
 
-def _check_call(
+def check_call(
     out: Tensor,
     query: Tensor,
     key: Tensor,
