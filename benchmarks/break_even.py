@@ -59,6 +59,7 @@ SHAPES = {
         Shape(16, 4, 256),
     ),
 }
+NEVER = BreakEven(q_len=1, k_len=1, work=math.inf)
 DENSITY = 0.2
 """Of the calls timed: at break-even lengths a calibrated gate keeps more than at 32k tokens."""
 REPEATS = {"cpu": 7, "cuda": 15}
@@ -105,14 +106,14 @@ def _kind(record: Row) -> tuple[bool, bool]:
     return record["q_len"] == record["k_len"], record["batch"] > 1
 
 
-def break_even(records: list[Row]) -> BreakEven | None:
+def break_even(records: list[Row]) -> BreakEven:
     """Return the limits above which every measured call gains, and most is gained.
 
     A gain is the logarithm of dense time over sparse time. The kinds of calls count alike, however
     many of each were measured.
 
     Returns:
-        None where no limits admit a call without admitting one that loses.
+        Limits that no call reaches, where none admit a call without admitting one that loses.
     """
     gaining = [record for record in records if _gains(record)]
     losing = [record for record in records if not _gains(record)]
@@ -131,7 +132,7 @@ def break_even(records: list[Row]) -> BreakEven | None:
             # Of limits that admit the same calls the tightest, but for the queries: what was not
             # measured are few queries of several sequences, and their work says enough of them.
             found.append((total, -limits.q_len, limits))
-    return max(found)[-1] if found else None
+    return max(found)[-1] if found else NEVER
 
 
 def _admits(limits: BreakEven, record: Row) -> bool:
@@ -140,23 +141,19 @@ def _admits(limits: BreakEven, record: Row) -> bool:
 
 
 def entries_of(records: list[Row]) -> dict[tuple[str, int], BreakEven]:
-    """Return the limits of every device class and head dim class in which calls gain."""
-    found = {}
-    keys = sorted({(r["device_class"], head_dim_class(r["head_dim"])) for r in records})
-    for key in keys:
-        alike = [r for r in records if (r["device_class"], head_dim_class(r["head_dim"])) == key]
-        entry = break_even(alike)
-        if entry is None:
-            print(f"{key}: the sparse path never pays; no entry")
-        else:
-            found[key] = entry
-    return found
+    """Return the limits of every device class and head dim class."""
+    kinds: dict[tuple[str, int], list[Row]] = {}
+    for record in records:
+        key = (record["device_class"], head_dim_class(record["head_dim"]))
+        kinds.setdefault(key, []).append(record)
+    entries = {key: break_even(alike) for key, alike in sorted(kinds.items())}
+    return {key: entry._replace(work=floor_of(entry.work)) for key, entry in entries.items()}
 
 
 def source_of(entry: BreakEven) -> str:
     """Return an entry as it stands in the table."""
     sizes = f"q_len={entry.q_len}, k_len={entry.k_len}"
-    return f"BreakEven({sizes}, work={digits(floor_of(entry.work))})"
+    return f"BreakEven({sizes}, work={digits(entry.work)})"
 
 
 def last_runs(path: Path) -> list[Row]:

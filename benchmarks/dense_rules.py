@@ -12,6 +12,7 @@ Before anything is timed, both must give the same answer.
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
 import sys
 import time
@@ -22,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 
 import torch
 from gated_calls import Operands, Shape, Size, operands
-from measured_tables import FASTER, KERNELS, digits, floor_of, write_entry
+from measured_tables import FASTER, KERNELS, above, digits, floor_of, write_entry
 from measuring import BACKENDS, Row, add_common_options, context, device_ms, table, write_rows
 
 from seer_compile.kernels.break_even import DenseRule
@@ -92,23 +93,20 @@ def rule_of(records: list[Row]) -> DenseRule | None:
             start = record["work"]
         return start
 
-    flash_below = first_of_the_rest(lambda r: r["cudnn_ms"] < FASTER * r["flash_ms"])
-    if flash_below == records[0]["work"]:
-        # Flash was the faster one nowhere.
-        flash_below = 0.0
+    flash = itertools.takewhile(lambda r: r["flash_ms"] < FASTER * r["cudnn_ms"], records)
+    cudnn_from = first_of_the_rest(
+        lambda r: r["cudnn_ms"] + r["plan_ms"] / PLAN_CALLS < FASTER * r["flash_ms"]
+    )
     return DenseRule(
-        flash_below=flash_below,
-        cudnn_from=first_of_the_rest(
-            lambda r: r["cudnn_ms"] + r["plan_ms"] / PLAN_CALLS < FASTER * r["flash_ms"]
-        ),
+        flash_below=above(max((record["work"] for record in flash), default=0.0)),
+        cudnn_from=floor_of(cudnn_from),
     )
 
 
 def source_of(rule: DenseRule) -> str:
     """Return a rule as it stands in the table."""
-    bounds = (digits(floor_of(x)) if math.isfinite(x) else 'float("inf")' for x in rule)
-    below, start = (bound if "." in bound or '"' in bound else f"{bound}.0" for bound in bounds)
-    return f"DenseRule(flash_below={below}, cudnn_from={start})"
+    flash_below, cudnn_from = map(digits, rule)
+    return f"DenseRule(flash_below={flash_below}, cudnn_from={cudnn_from})"
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from pathlib import Path
 
@@ -15,9 +16,17 @@ def floor_of(work: float) -> float:
     return 0.99 * work
 
 
+def above(work: float) -> float:
+    """Return a little more, so that a bound below which calls gain takes in the last that did."""
+    return 1.01 * work
+
+
 def digits(value: float) -> str:
-    """Return three digits of a number, as the formatter would have it."""
-    return f"{value:.3g}".replace("e+", "e")
+    """Return three digits of a number as a literal of a float, as the formatter would have it."""
+    if math.isinf(value):
+        return 'float("inf")'
+    text = f"{value:.3g}".replace("e+", "e")
+    return text if "." in text or "e" in text else f"{text}.0"
 
 
 def write_entry(path: Path, dictionary: str, key: str, entry: str) -> None:

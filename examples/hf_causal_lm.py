@@ -36,7 +36,7 @@ def calibration_data(model: str, length: int, batches: int) -> list[Tensor]:
 def main(
     model: str = str(Path(__file__).parent / "small_lm"),
     *,
-    length: int = 2048,
+    length: int = 3072,
     steps: int = 20,
     new_tokens: int = 16,
     density: float = 0.25,
@@ -63,8 +63,10 @@ def main(
     answer = network.generate(
         prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=new_tokens, do_sample=False
     )
-    calls = seer_compile.seer_report(network)
-    print(calls)
+    report = seer_compile.seer_report(network)
+    print(report)
+    sparse = sum(paths.get("sparse", 0) for paths in report.calls.values())
+    print(f"density {density}: {sparse} sparse calls while reading {prompt.shape[1]:,} tokens")
     text = load_tokenizer(model).decode(answer[0, prompt.shape[1] :].tolist())
     print(repr(text))
     return text
@@ -73,7 +75,7 @@ def main(
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", default=str(Path(__file__).parent / "small_lm"))
-    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--length", type=int, default=3072)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--density", type=float, default=0.25)
     parser.add_argument("--device", default="cpu")

@@ -3,7 +3,7 @@
 The model has the shape of an 8-billion-parameter Llama, cut to a few layers, with random weights;
 the untrained gate selects. Time depends on shapes and density, not on what the weights know.
 
-    python examples/long_context_speed.py --lengths 8192 32768 131072 --density 0.1
+    python examples/long_context_speed.py --lengths 16384 32768 131072 --density 0.1
 
 Expected lines, one per length, before the report of the sites:
 
@@ -86,7 +86,7 @@ def main(lengths: list[int], density: float = 0.1, layers: int = 4) -> dict[int,
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[16384, 32768])
     parser.add_argument("--density", type=float, default=0.1)
     parser.add_argument("--layers", type=int, default=4)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""From which size on the sparse path is worth its overhead, and who answers below it. Data only.
+"""From which size on the sparse path is worth its overhead, and who answers below: measured data.
 
-``python benchmarks/break_even.py --write`` measures the numbers of the machine that it runs on and
-rewrites its entries here.
+On the machine that they run on, ``python benchmarks/dense_rules.py --write`` measures the entries
+of ``DENSE`` and, after it, ``python benchmarks/break_even.py --write`` those of ``TABLE``.
 """
 
 from __future__ import annotations
@@ -40,16 +40,19 @@ TABLE: dict[tuple[str, int], BreakEven] = {
 :func:`head_dim_class`. Times are what a caller waits for, host and all, at a fifth of the blocks:
 where a model keeps its GPU busy or replays a graph, smaller calls would gain as well.
 
-``cpu``: AMD EPYC with AVX-512, one thread, float32: 4/2 heads of D64 take 50 ms at 2,048 tokens and
-49 densely, 76 and 100 at 3,072. ``cuda-90``: one H200 with torch 2.11.0+cu130,
-where a call takes the host .8 to 1.5 ms: 32/8 heads of D128 take 1.43 ms at 12,288 tokens and 2.05
-densely, .29 and .91 at 8,192 on the device alone. ``cuda`` stands in for GPUs without entries of
-their own: 32 heads of D128 at 4,096 tokens, where the device is the faster one by itself.
+``cpu``: AMD EPYC with AVX-512, one thread, float32: 4/2 heads of D64 take 49.5 ms at 2,048 tokens
+and 48.8 densely, 76 and 100 at 3,072. ``cuda-90``: one H200 with torch 2.11.0+cu130, where a call
+takes the host .9 to 1.8 ms: 32/8 heads of D128 take 1.43 ms at 12,288 tokens and 2.05 densely, .29
+and .91 at 8,192 on the device alone. ``cuda`` stands in for GPUs without entries of their own: 32
+heads of D128 at 4,096 tokens, from where an H200 itself takes less time for the sparse path.
 """
 
 
 class DenseRule(NamedTuple):
-    """Who answers a dense call without a mask, by its ``work``; in between, SDPA chooses."""
+    """Who answers a dense call without a mask, by its ``work``; in between, SDPA chooses.
+
+    It counts from 128 queries on, the fewest that were measured.
+    """
 
     flash_below: float
     """Below it flash attention is faster than cuDNN, for shapes that cuDNN has a plan for."""
@@ -59,8 +62,8 @@ class DenseRule(NamedTuple):
 
 
 DENSE: dict[tuple[str, int], DenseRule] = {
+    ("cuda-90", 64): DenseRule(flash_below=6.78e07, cudnn_from=4.35e12),
     ("cuda-90", 128): DenseRule(flash_below=0.0, cudnn_from=2.18e12),
-    ("cuda-90", 64): DenseRule(flash_below=1.06e09, cudnn_from=4.35e12),
     ("cuda-90", 256): DenseRule(flash_below=0.0, cudnn_from=1.09e12),
 }
 """By device class and :func:`head_dim_class`. Without an entry, SDPA chooses.

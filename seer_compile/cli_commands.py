@@ -335,9 +335,11 @@ def _training_config(args: Namespace, kind: str, *, holdout_batches: int = 4) ->
         steps=args.steps,
         learning_rate=rate,
         seed=args.seed,
-        # The published gate learns the max-pooled map, and every site keeps the same share: with
-        # nothing measured of what sites cost, that is how they share a density.
+        # The published gate learns the max-pooled map, keeps nothing of its start, and every site
+        # keeps the same share: with nothing measured of what sites cost, that is how they share a
+        # density.
         target="max" if is_paper else default.target,
+        start_share=0.0 if is_paper else default.start_share,
         sensitivity_batches=0 if is_paper else default.sensitivity_batches,
         holdout_batches=holdout_batches,
     )

@@ -195,9 +195,10 @@ class CalibrationConfig:
     """Decay per step of a moving average of the weights, which takes their place at the end; 0
     keeps the last ones."""
     start_share: float = 0.25
-    """Share of the start in the weights at the end: 0.25 leaves a quarter of the ranking by means,
-    which is worse on the text of training and may be better on other text (Wortsman et al.,
-    arXiv:2109.01903)."""
+    """Share of the weights that training began with in those it ends with; with
+    ``start="current"`` they are those of before. A quarter of the ranking by means ranks other text
+    better than training alone: perplexity 1.0050 for 1.0065 at 5 % of the blocks (docs/gates.md;
+    Wortsman et al., arXiv:2109.01903)."""
     shared_steps: int = 0
     """First steps after which gates of equal sizes are averaged over the sites, so that each site
     starts from what all have learned."""

@@ -307,5 +307,5 @@ def test_searched_shares_are_refused_where_nothing_searches_them(tiny, capsys):
 def test_the_published_gate_gives_every_site_the_same_share():
     args = argparse.Namespace(steps=5, learning_rate=None, seed=0)
     paper, ours = (cli_commands._training_config(args, kind) for kind in ("paper", "default"))
-    assert (paper.target, paper.sensitivity_batches) == ("max", 0)
+    assert (paper.target, paper.sensitivity_batches, paper.start_share) == ("max", 0, 0)
     assert ours == dataclasses.replace(CalibrationConfig(), steps=5)

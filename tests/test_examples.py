@@ -47,6 +47,7 @@ def test_tiny_transformer_keeps_what_it_learned_when_sparse():
     assert results["full_difference"] < 1e-4
     assert results["export_difference"] < 1e-4
     assert results["dense_found"] > 0.9
+    assert results["sparse_sites"] == 2
     assert results["sparse_found"] > 0.8 * results["dense_found"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import json
 import math
@@ -20,11 +21,15 @@ import break_even  # noqa: E402
 import cost_model  # noqa: E402
 import dense_rules  # noqa: E402
 import gated_calls  # noqa: E402
+import measured_tables  # noqa: E402
 from measured_tables import write_entry  # noqa: E402
 
-from seer_compile.kernels.break_even import BreakEven, DenseRule  # noqa: E402
+from seer_compile.kernels.break_even import DENSE, TABLE, BreakEven, DenseRule  # noqa: E402
+from seer_compile.kernels.cost_model import TABLE as PRICES  # noqa: E402
 from seer_compile.kernels.cost_model import CallSize, CostModel  # noqa: E402
+from seer_compile.kernels.dense import dense_reason  # noqa: E402
 
+RESULTS = BENCHMARKS / "results"
 CPU = torch.device("cpu")
 
 
@@ -60,9 +65,12 @@ def test_many_calls_of_one_kind_do_not_decide_over_the_others():
     assert break_even.break_even([*last, *whole, *several, between]) == BreakEven(512, 512, 1e4)
 
 
-def test_where_nothing_gains_there_is_no_entry(capsys):
-    assert break_even.entries_of([record(128, 128, 1e4, gain=0.9)]) == {}
-    assert "never pays" in capsys.readouterr().out
+def test_where_nothing_gains_dense_attention_answers_every_call():
+    (entry,) = break_even.entries_of([record(128, 128, 1e4, gain=0.9)]).values()
+    assert entry.work == math.inf
+    assert break_even.source_of(entry) == 'BreakEven(q_len=1, k_len=1, work=float("inf"))'
+    sizes = {"q_len": 2**20, "k_len": 2**20, "heads": 128, "dims": (64, 64)}
+    assert dense_reason(**sizes, device=CPU, table={("cpu", 64): entry}) == "short"
 
 
 def test_head_dims_have_entries_of_their_own():
@@ -73,8 +81,8 @@ def test_head_dims_have_entries_of_their_own():
         record(512, 512, 2e5, head_dim=128),
     ]
     assert break_even.entries_of(records) == {
-        ("cpu", 64): BreakEven(128, 256, 4e4),
-        ("cpu", 128): BreakEven(512, 512, 2e5),
+        ("cpu", 64): BreakEven(128, 256, 0.99 * 4e4),
+        ("cpu", 128): BreakEven(512, 512, 0.99 * 2e5),
     }
 
 
@@ -104,21 +112,34 @@ def test_a_wrong_answer_is_not_timed(monkeypatch):
         gated_calls.check_full_budget(shape, tensors)
 
 
-def test_every_shape_is_timed_at_the_same_sizes():
-    assert break_even.sizes_of("cuda") == break_even.sizes_of("cuda")
-
-
 def test_dense_rules_start_where_every_larger_call_gains():
     times = [(1e6, 1.0, 2.0), (1e9, 2.0, 1.0), (1e10, 9.0, 8.5), (1e11, 60.0, 40.0)]
     records = [
         {"work": work, "flash_ms": flash, "cudnn_ms": cudnn, "plan_ms": 32.0}
         for work, flash, cudnn in times
     ]
-    assert dense_rules.rule_of(records) == DenseRule(flash_below=1e9, cudnn_from=1e11)
+    assert dense_rules.rule_of(records) == DenseRule(flash_below=1.01e6, cudnn_from=0.99e11)
     # Of what is smaller than all that was measured nothing is known.
     assert dense_rules.rule_of(records[1:]).flash_below == 0.0
     del records[0]["plan_ms"]
     assert dense_rules.rule_of(records) is None
+
+
+def test_flash_attention_that_is_never_faster_gets_no_call():
+    records = [
+        {"work": work, "flash_ms": flash, "cudnn_ms": 0.99 * flash, "plan_ms": 32.0}
+        for work, flash in ((1e6, 1.0), (1e9, 10.0))
+    ]
+    assert dense_rules.rule_of(records) == DenseRule(flash_below=0.0, cudnn_from=math.inf)
+    source = dense_rules.source_of(DenseRule(flash_below=2.02e9, cudnn_from=math.inf))
+    assert source == 'DenseRule(flash_below=2.02e09, cudnn_from=float("inf"))'
+
+
+@pytest.mark.parametrize("value", [0.0, 2e9, 3.0e12, 44.6, 7.0, 1.43, math.inf])
+def test_numbers_of_tables_are_literals_of_floats(value):
+    text = measured_tables.digits(value)
+    assert isinstance(ast.literal_eval(text) if math.isfinite(value) else float("inf"), float)
+    assert eval(text) == value
 
 
 def test_prices_are_found_again_from_the_times_they_make():
@@ -137,6 +158,29 @@ def test_prices_are_found_again_from_the_times_they_make():
     found, worst = cost_model.fit(records)
     assert found == pytest.approx(prices, rel=1e-6)
     assert worst < 1e-6
+
+
+def in_three_digits(number):
+    return float(f"{number:.3g}")
+
+
+def test_the_tables_are_what_the_records_say():
+    entries = break_even.entries_of(break_even.last_runs(RESULTS / "break_even.jsonl"))
+    assert {device for device, _ in entries} == {"cpu", "cuda-90"}
+    for key, entry in entries.items():
+        assert TABLE[key] == entry._replace(work=in_three_digits(entry.work))
+
+    lines = map(json.loads, (RESULTS / "break_even.jsonl").read_text().splitlines())
+    dense = [line for line in lines if line["figure"] == "dense backends"]
+    for (device, head_dim), rule in DENSE.items():
+        assert device == "cuda-90"
+        found = dense_rules.rule_of([line for line in dense if line["head_dim"] == head_dim])
+        assert rule == DenseRule(*map(in_three_digits, found))
+
+    lines = map(json.loads, (RESULTS / "cost_model.jsonl").read_text().splitlines())
+    prices, worst = cost_model.fit(list(lines))
+    assert PRICES["cuda-90"] == CostModel(*map(in_three_digits, prices))
+    assert worst < 0.52
 
 
 def test_an_entry_is_replaced_or_added(tmp_path):

@@ -31,8 +31,8 @@ def _fresh_counts(monkeypatch):
 
 
 def prefer(backend, monkeypatch):
-    for shape_class in (64, 128, 256):
-        key = (dense_backends.device_class(CUDA), shape_class)
+    for head_dim in (64, 128, 256):
+        key = (dense_backends.device_class(CUDA), head_dim)
         monkeypatch.setitem(DENSE, key, RULES[backend])
 
 
