@@ -104,6 +104,8 @@ class BudgetCurve(PlainData):
         unless all blocks are asked for: where nearly all mass sits in few blocks, the density
         stays below the asked one.
         """
+        if density >= 1:
+            return self._everything()
         known = np.maximum.accumulate(np.maximum(self.row("densities", length), _LEAST_DENSITY))
         if self.reachable_density(length) <= density < known[-1]:
             return self.budgets[-2]
@@ -123,7 +125,12 @@ class BudgetCurve(PlainData):
         return float(known[:-1].max())
 
     def budget_for_mass(self, length: float, *, mass: float) -> float:
-        """Return the smallest budget whose captured mass reaches ``mass`` at a length."""
+        """Return the smallest budget whose captured mass reaches ``mass`` at a length.
+
+        All of the mass takes every block, even if less held all of what was measured.
+        """
+        if mass >= 1:
+            return self._everything()
         return self._reach(1 - self.row("captured_mass", length), 1 - mass)
 
     def budget_for_error(self, length: float, *, error: float) -> float:
@@ -146,6 +153,11 @@ class BudgetCurve(PlainData):
         if target == "mass":
             return self.budget_for_mass(length, mass=value)
         return self.budget_for_error(length, error=value)
+
+    def _everything(self) -> float:
+        """Return the budget that keeps every visible block, whatever was measured."""
+        has_full = self.selector in ("top_p", "fraction")
+        return 1.0 if has_full else self.from_axis(self.axis()[-1])
 
     def _reach(self, lost: np.ndarray, allowed: float) -> float:
         """Return the first budget that loses no more than is allowed, between measured ones."""

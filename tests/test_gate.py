@@ -584,6 +584,14 @@ class TestBudgetCurve:
         assert curve().budget_for(3000, density=1.0) == 1.0
         assert curve().budget_for_mass(3000, mass=1.0) == 1.0
 
+    @pytest.mark.parametrize("selector", ["top_p", "fraction"])
+    def test_everything_is_asked_for_where_less_was_enough_on_measured_data(self, selector):
+        everything = ((0.4, 1.0, 1.0), (0.2, 1.0, 1.0))
+        measured = curve(selector=selector, densities=everything, masses=everything)
+        assert measured.budget_for(1024, density=1.0) == 1.0
+        assert measured.budget_for_mass(1024, mass=1.0) == 1.0
+        assert measured.budget_for_mass(1024, mass=0.999) < 1.0
+
     def test_descending_budgets_of_a_threshold_are_understood(self):
         measured = curve(selector="threshold", budgets=(4.0, 1.0, 0.25))
         assert measured.budget_for(1024, density=0.4) == pytest.approx(1.0)
