@@ -49,8 +49,8 @@ import seer_compile
 from seer_compile.gate_store import GateStore
 from seer_compile.kernels import by_device, flash_attention_4
 from seer_compile.kernels.engines import attention_engine
-from seer_compile.kernels.observation import observe
 from seer_compile.model_loading import load_model
+from seer_compile.session import run_with_handler
 from seer_compile.token_data import read_token_file
 from seer_compile.types import SiteInputs, Visibility
 
@@ -109,13 +109,13 @@ def lists_of_gates(model: nn.Module, inputs: Mapping[str, Any], selections: int)
     assert isinstance(store, GateStore)
     found: list[tuple[Tensor, Tensor]] = []
 
-    def keep(site: SiteInputs) -> None:
+    def answer(site: SiteInputs) -> Tensor:
         gate = store.get(site.name)
         assert gate is not None, site.name
         found.append(tuple(gate.select(site)))
+        return gate.attend(site)
 
-    with observe(keep), torch.no_grad():
-        model(**inputs)
+    run_with_handler(model, (), inputs, answer)
     if not found:
         raise SystemExit("the forward reached no site that can be sparse")
     # Key heads first, then sites: every site has its turn before any has a second one.

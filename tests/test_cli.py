@@ -278,7 +278,7 @@ def test_demo_without_a_bundled_model_says_what_to_do(monkeypatch, tmp_path):
 def test_demo_beats_the_static_control_at_the_same_density(tmp_path):
     out, page = tmp_path / "out.json", tmp_path / "report.html"
     words = (
-        f"demo --length 2560 --steps 6 --sequences 1 --densities 0.3 --report {page} --json {out}"
+        f"demo --length 3072 --steps 6 --sequences 1 --densities 0.3 --report {page} --json {out}"
     )
     assert cli.main(words.split()) == 0
     dense, gate, oracle, control = json.loads(out.read_text())["rows"]

@@ -45,7 +45,7 @@ def test_explain_model_tells_sparse_sites_from_dense_ones():
 def test_tiny_transformer_keeps_what_it_learned_when_sparse():
     results = load("tiny_transformer").main()
     assert results["full_difference"] < 1e-4
-    assert results["export_difference"] < 1e-4
+    assert results["export_agreement"] > 0.99
     assert results["dense_found"] > 0.9
     assert results["sparse_sites"] == 2
     assert results["sparse_found"] > 0.8 * results["dense_found"]

@@ -17,6 +17,7 @@ import peers
 
 import seer_compile
 from seer_compile.kernels import engines
+from seer_compile.session import run_with_handler
 from support.models import decoder
 
 CPU = torch.device("cpu")
@@ -57,16 +58,23 @@ def test_flex_attention_reads_the_same_blocks():
 
 
 def test_gates_give_a_list_of_every_site_before_a_second_one_of_any():
-    model = seer_compile.optimize(decoder(width=64, heads=2), zero_shot=True, inner="eager")
-    store = model.get_submodule("seer_gates")
     tokens = torch.randint(64, (1, 640), generator=torch.Generator().manual_seed(0))
-    alone = {}
+    # Two models whose sites have the same names.
+    models = [
+        seer_compile.optimize(
+            decoder(width=64, heads=2), example=(tokens,), zero_shot=True, inner="eager"
+        )
+        for _ in range(2)
+    ]
+    model = models[1]
+    store, alone = model.get_submodule("seer_gates"), {}
 
-    def keep(site):
-        alone[site.name] = store.get(site.name).select(site)
+    def answer(site):
+        gate = store.get(site.name)
+        alone[site.name] = gate.select(site)
+        return gate.attend(site)
 
-    with peers.observe(keep), torch.no_grad():
-        model(tokens=tokens)
+    run_with_handler(model, (), {"tokens": tokens}, answer)
     lists = peers.lists_of_gates(model, {"tokens": tokens}, 5)
     assert len(alone) == 2
     first, second = alone.values()
