@@ -21,7 +21,6 @@ import argparse
 import itertools
 import json
 import math
-import statistics
 import sys
 import time
 from collections.abc import Iterator
@@ -32,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import torch
 from gated_calls import Shape, Size, check_full_budget, dense_call, gated_call, operands
 from measured_tables import FASTER, KERNELS, digits, floor_of, write_entry
-from measuring import Call, Row, add_common_options, context, synchronize, table, write_rows
+from measuring import Row, add_common_options, context, table, walls_ms, write_rows
 
 from seer_compile.kernels.break_even import BreakEven, head_dim_class
 from seer_compile.kernels.dense_backends import device_class
@@ -65,20 +64,6 @@ DENSITY = 0.2
 REPEATS = {"cpu": 7, "cuda": 15}
 
 
-def waiting_ms(calls: dict[str, Call], device: str) -> dict[str, float]:
-    """Return the median wall time of each of some calls, in turn, so that a slow spell hits all."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for attempt in range(REPEATS[device] + 2):
-        for name, call in calls.items():
-            synchronize(device)
-            begun = time.perf_counter()
-            call()
-            synchronize(device)
-            if attempt > 1:
-                times[name].append((time.perf_counter() - begun) * 1e3)
-    return {f"{name}_ms": statistics.median(spans) for name, spans in times.items()}
-
-
 def sizes_of(device: str) -> list[Size]:
     """Return the sizes that are timed."""
     last = itertools.starmap(Size, itertools.product(*LAST_QUERIES[device]))
@@ -90,9 +75,11 @@ def measure(shape: Shape, size: Size, device: torch.device) -> Row:
     """Return one record: times of both paths for one shape and size."""
     tensors = operands(shape, size, device)
     check_full_budget(shape, tensors)
-    calls = {"dense": dense_call(tensors), "sparse": gated_call(shape, tensors, DENSITY)}
+    calls = (dense_call(tensors), gated_call(shape, tensors, DENSITY))
+    repeats = REPEATS[device.type]
+    dense_ms, sparse_ms = walls_ms(calls, device.type, repeats=repeats, warm_up=2)
+    times = {"dense_ms": dense_ms, "sparse_ms": sparse_ms}
     work = float(2 * size.batch * shape.heads * shape.head_dim * size.q_len * size.k_len)
-    times = waiting_ms(calls, device.type)
     about = {"density": DENSITY, "device_class": device_class(device)}
     return {**shape._asdict(), **size._asdict(), **times, "work": work, **about}
 

@@ -74,15 +74,21 @@ def synchronize(device: str) -> None:
 
 def wall_ms(call: Call, device: str, *, repeats: int = 3, warm_up: int = 1) -> float:
     """Return the median time of a long call, from an idle device to an idle device."""
-    times = []
+    return walls_ms([call], device, repeats=repeats, warm_up=warm_up)[0]
+
+
+def walls_ms(calls: Sequence[Call], device: str, *, repeats: int, warm_up: int) -> list[float]:
+    """Return :func:`wall_ms` of some calls made in turn, so that a slow spell hits all of them."""
+    times: list[list[float]] = [[] for _ in calls]
     for attempt in range(warm_up + repeats):
-        synchronize(device)
-        begun = time.perf_counter()
-        call()
-        synchronize(device)
-        if attempt >= warm_up:
-            times.append(time.perf_counter() - begun)
-    return statistics.median(times) * 1e3
+        for place, call in enumerate(calls):
+            synchronize(device)
+            begun = time.perf_counter()
+            call()
+            synchronize(device)
+            if attempt >= warm_up:
+                times[place].append(time.perf_counter() - begun)
+    return [statistics.median(spans) * 1e3 for spans in times]
 
 
 def eager_ms(call: Call, device: str, *, budget_ms: float = 150.0) -> float:

@@ -31,7 +31,7 @@ class GateTrainer:
         self.step = 0
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.starts: dict[str, dict[str, Tensor]] = {}
-        """Weights of every gate at the first step, where a share of them stays."""
+        """Weights of gates before their first update, where a share of them stays."""
         self.losses: list[dict[str, float]] = []
         self._current: dict[str, Tensor] = {}
         """Of the sites reached in this step: see :meth:`_update`."""
@@ -45,7 +45,6 @@ class GateTrainer:
             with _plain_numerics(inputs.query.device):
                 fit_to_statistics(gate, inputs, seed=f"{self.config.seed}:{name}")
         gate.requires_grad_(True)
-        self.keep_start(name, gate)
         is_cuda, rate = gate.query_weight.is_cuda, 0.0
         if is_cuda:
             # A number would be recorded with an update that is replayed. The forward may run under
@@ -60,12 +59,6 @@ class GateTrainer:
             fused=is_cuda,
             capturable=is_cuda,
         )
-
-    def keep_start(self, name: str, gate: AttnGate) -> None:
-        """Keep the weights of a gate as its start, of which a share is to stay."""
-        if self.config.start_share:
-            weights = gate.named_parameters()
-            self.starts[name] = {label: weight.detach().clone() for label, weight in weights}
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Train the site's gate on these inputs and answer densely."""
@@ -125,6 +118,9 @@ class GateTrainer:
         Nothing waits for the device; the step's end reads the numbers of all sites at once.
         """
         config = self.config
+        if config.start_share and inputs.name not in self.starts:
+            weights = gate.named_parameters()
+            self.starts[inputs.name] = {label: part.detach().clone() for label, part in weights}
         rows = sample_rows(
             -(-inputs.query.shape[-2] // gate.config.query_sub_block),
             config.rows_per_step,
@@ -176,7 +172,7 @@ class GateTrainer:
                 )
                 if average is not None:
                     weight.data.copy_(average)
-                if self.config.start_share:
+                if name in self.starts:
                     weight.data.lerp_(self.starts[name][label], self.config.start_share)
 
     def _follow(self, optimizer: torch.optim.AdamW, gate: AttnGate) -> None:

@@ -263,8 +263,9 @@ def _restore(
     with torch.no_grad():
         for label, weight in gate.named_parameters():
             weight.copy_(tensors[f"{name}.{label}"])
-            if name in trainer.starts:
-                trainer.starts[name][label].copy_(tensors[f"{name}.{label}.start"])
+            if f"{name}.{label}.start" in tensors:
+                start = tensors[f"{name}.{label}.start"].to(weight.device)
+                trainer.starts.setdefault(name, {})[label] = start
             if f"{name}.{label}.step" not in tensors:
                 continue
             keys = [key for key in _MOMENTS if f"{name}.{label}.{key}" in tensors]
@@ -304,9 +305,8 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
                 break
     if not reached:
         raise no_site()
-    for name, gate in reached.items():
+    for gate in reached.values():
         distributed.broadcast(weight.data for weight in gate.parameters())
-        trainer.keep_start(name, gate)
 
 
 def _train(run: Run, session: _Session, interruption: Interruption, *, progress: bool) -> None:

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 def head_dim_class(head_dim: int) -> int:
     """Return the key of the tables for a head dim, the larger one of keys and values."""
-    return next((bound for bound in (64, 128) if head_dim <= bound), 256)
+    return 64 if head_dim <= 64 else 128 if head_dim <= 128 else 256
 
 
 class BreakEven(NamedTuple):
