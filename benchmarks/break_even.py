@@ -38,14 +38,14 @@ from seer_compile.kernels.dense_backends import device_class
 
 LENGTHS = {
     "cpu": (512, 768, 1024, 1536, 2048, 3072, 4096),
-    "cuda": (2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768),
+    "cuda": (1024, 2048, 3072, 4096, 6144, 8192, 12288, 16384, 32768),
 }
 LAST_QUERIES = {
     "cpu": ((64, 128, 512), (4096,)),
-    "cuda": ((64, 256, 512, 1024, 2048, 4096), (32768, 131072)),
+    "cuda": ((64, 256, 512, 1024, 2048, 4096), (8192, 32768, 131072)),
 }
 """Numbers of queries, and of the keys whose last ones they are."""
-BATCHES = {"cpu": ((1024, 2048), (4,)), "cuda": ((1024, 2048, 3072, 4096, 8192), (16,))}
+BATCHES = {"cpu": ((1024, 2048), (4,)), "cuda": ((512, 1024, 2048, 3072, 4096, 8192), (16,))}
 """Lengths of several sequences, and how many."""
 SHAPES = {
     "cpu": (Shape(4, 2, 64), Shape(8, 2, 64), Shape(4, 2, 128), Shape(8, 8, 128), Shape(4, 2, 256)),
@@ -77,7 +77,7 @@ def measure(shape: Shape, size: Size, device: torch.device) -> Row:
     check_full_budget(shape, tensors)
     calls = (dense_call(tensors), gated_call(shape, tensors, DENSITY))
     repeats = REPEATS[device.type]
-    dense_ms, sparse_ms = walls_ms(calls, device.type, repeats=repeats, warm_up=2)
+    dense_ms, sparse_ms = walls_ms(calls, device.type, repeats=repeats, warm_up=3)
     times = {"dense_ms": dense_ms, "sparse_ms": sparse_ms}
     work = float(2 * size.batch * shape.heads * shape.head_dim * size.q_len * size.k_len)
     about = {"density": DENSITY, "device_class": device_class(device)}

@@ -6,13 +6,18 @@
 An experiment is what it changes of the gate, of the training and of the windows; ``--list`` shows
 them, and ``copies_4+average_0.99`` is both. Gates are trained once per experiment and judged under
 every allocation. ``seconds`` is the whole calibration: training, curves, sensitivity.
+
+Started by ``torchrun --nproc-per-node N``, N processes train together, each on its own windows, as
+many steps as are asked for; the first one judges.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
+import os
 import shlex
 import subprocess
 import sys
@@ -26,10 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 
 import seer_compile
 from seer_compile.allocation import ALLOCATIONS
+from seer_compile.calibration import distributed
 from seer_compile.calibration.report import CalibrationReport
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.evaluate import Evaluator
@@ -137,6 +144,19 @@ def known_name(name: str) -> str:
     return name
 
 
+@dataclass(frozen=True)
+class OwnShare:
+    """The windows that one of several processes trains on; all of them hold out the first one."""
+
+    windows: CalibrationWindows
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """Yield the first batch, then every so many-th one."""
+        batches = iter(self.windows)
+        yield next(batches)
+        yield from itertools.islice(batches, distributed.rank(), None, distributed.world_size())
+
+
 class Laboratory:
     """The model, its data, and the windows on which every experiment is judged."""
 
@@ -178,7 +198,7 @@ class Laboratory:
         begun = time.perf_counter()
         report = seer_compile.calibrate(
             self.model,
-            data,
+            OwnShare(data),
             config=CalibrationConfig(
                 **({"steps": steps, "seed": options.seed, "holdout_batches": 1} | training)
             ),
@@ -238,6 +258,7 @@ def context(options: argparse.Namespace) -> dict[str, Any]:
         "model": Path(options.model).name,
         "steps": options.steps,
         "sequences": options.sequences,
+        "processes": distributed.world_size(),
     }
 
 
@@ -267,15 +288,35 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def join_processes(device: str) -> None:
+    """Join the other processes, where ``torchrun`` started several."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+
+
 def main() -> None:
     options = parse()
     if options.list:
         for name, experiment in EXPERIMENTS.items():
             print(f"{name:18s} {dataclasses.asdict(experiment)}")
         return
+    join_processes(options.device)
     laboratory, about = Laboratory(options), context(options)
+    run(laboratory, about)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def run(laboratory: Laboratory, about: dict[str, Any]) -> None:
+    """Train and judge what was asked for."""
+    options = laboratory.options
     for name in options.experiments:
         store, report, seconds = laboratory.calibrate(composed(name))
+        if distributed.rank():
+            continue
         if options.save:
             options.save.mkdir(parents=True, exist_ok=True)
             seer_compile.save_gates(laboratory.model, options.save / f"{name}.safetensors")

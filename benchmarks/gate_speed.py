@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.kernels import by_device, scoring, selection
+from seer_compile.kernels.budgets import only
 from seer_compile.kernels.geometry import Grid
 from seer_compile.kernels.triton import block_scores, pool_blocks, pool_features, select_blocks
 from seer_compile.kernels.triton.tuning import PoolTiling, ScoresTiling, pool_tiling
@@ -145,7 +146,9 @@ def selecting(bench: Any, scores: Tensor, timed: Timed) -> Iterator[Row]:
         budget = torch.full((heads,), amount, device=scores.device)
 
         def run(selector: str = selector, budget: Tensor = budget) -> tuple[Tensor, Tensor]:
-            return select_blocks.launch(scores, budget, selector, BLOCK, BLOCK, *lengths, upper=0)
+            return select_blocks.launch(
+                scores, only(budget), selector, BLOCK, BLOCK, *lengths, upper=0
+            )
 
         indices, counts = run()
 
@@ -200,7 +203,7 @@ def whole(bench: Any, weights: dict[str, Tensor], form: Form, timed: Timed) -> R
             groups if form.sharing == "selection" else 1,
             visibility,
         )
-        return by_device.select_blocks(scores, budget, "top_p", grid, visibility)
+        return by_device.select_blocks(scores, only(budget), "top_p", grid, visibility)
 
     row = timed(run)
     start = time.perf_counter()

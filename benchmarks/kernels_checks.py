@@ -346,9 +346,10 @@ def check_features(inputs: dict[str, Any]) -> None:
 
 def run_select(inputs: dict[str, Any]) -> tuple[Tensor, ...]:
     """Return indices and counts from the kernel."""
+    from seer_compile.kernels.budgets import only
     from seer_compile.kernels.triton import select_blocks
 
-    arguments = (inputs["scores"], inputs["budget"], inputs["selector"], *inputs["sizes"])
+    arguments = (inputs["scores"], only(inputs["budget"]), inputs["selector"], *inputs["sizes"])
     return select_blocks.launch(*arguments, **inputs["visibility"].as_arguments())
 
 

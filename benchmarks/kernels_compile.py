@@ -212,10 +212,11 @@ def hopper_scores(dtype, dim, sub_blocks, block, groups):
 
 
 def select_blocks(blocks, selector):
+    from seer_compile.kernels.budgets import only
     from seer_compile.kernels.triton.select_blocks import launch
 
     scores = torch.zeros(1, 1, 2, blocks)
-    launch(scores, torch.ones(1), selector, 64, 64, 128, 64 * blocks, upper=0)
+    launch(scores, only(torch.ones(1)), selector, 64, 64, 128, 64 * blocks, upper=0)
 
 
 def attention_mass(dtype, dim, query_unit, key_unit):

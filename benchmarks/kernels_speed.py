@@ -32,6 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from triton.testing import do_bench
 
 from seer_compile.kernels import flash_attention_4
+from seer_compile.kernels.budgets import only
 from seer_compile.kernels.triton import (
     attention_backward,
     attention_forward,
@@ -75,7 +76,7 @@ class Bench:
         scores = torch.rand(shape, generator=self.generator, device=DEVICE)
         budget = torch.full((selections,), density, device=DEVICE)
         return select_blocks.launch(
-            scores, budget, "fraction", query_block, key_block, length, length, upper=0
+            scores, only(budget), "fraction", query_block, key_block, length, length, upper=0
         )
 
 

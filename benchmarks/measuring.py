@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seer_compile.kernels import by_device, gated_attention
+from seer_compile.kernels.recorded_calls import recorded_calls
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -105,24 +106,41 @@ def device_ms(call: Call, device: str, *, budget_ms: float = 60.0) -> float:
 
     Host time does not count, and gaps between kernels are those of a graph.
     """
+    return devices_ms([call], device, budget_ms=budget_ms)[0]
+
+
+def devices_ms(
+    calls: Sequence[Call], device: str, *, rounds: int = 5, budget_ms: float = 60.0
+) -> list[float]:
+    """Return :func:`device_ms` of some calls whose graphs are replayed in turn."""
     if device == "cpu":
-        return wall_ms(call, device, repeats=9)
+        return walls_ms(calls, device, repeats=9, warm_up=1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(2):
-            call()
-        once = elapsed_ms(call)
-        calls = max(1, min(100, int(budget_ms / 6 / max(once, 1e-3))))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            for _ in range(calls):
-                call()
-        graph.replay()
-        times = [elapsed_ms(graph.replay) for _ in range(5)]
+        graphs = [_graph_of(call, stream, budget_ms) for call in calls]
+        times = [[elapsed_ms(graph.replay) for graph, _ in graphs] for _ in range(rounds)]
     torch.cuda.current_stream().wait_stream(stream)
-    del graph
-    return min(times) / calls
+    return [
+        min(spans) / repeats
+        for spans, (_, repeats) in zip(zip(*times, strict=True), graphs, strict=True)
+    ]
+
+
+def _graph_of(
+    call: Call, stream: torch.cuda.Stream, budget_ms: float
+) -> tuple[torch.cuda.CUDAGraph, int]:
+    """Return a graph of some calls in a row, replayed once, and their number."""
+    for _ in range(3):
+        call()
+    once = elapsed_ms(call)
+    repeats = max(1, min(200, int(budget_ms / 6 / max(once, 1e-3))))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        for _ in range(repeats):
+            call()
+    graph.replay()
+    return graph, repeats
 
 
 def elapsed_ms(call: Call, calls: int = 1) -> float:
@@ -208,6 +226,8 @@ def _site_parts(call: Call, device: str) -> dict[str, float]:
     """Return the milliseconds that sites spend in each of their parts."""
     spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in _PARTS}
     with contextlib.ExitStack() as patches:
+        # A call that is played has no parts.
+        patches.enter_context(recorded_calls(enabled=False))
         for name, (module, function) in _PARTS.items():
             timed = _timed(getattr(module, function), spans[name], device)
             patches.enter_context(mock.patch.object(module, function, timed))

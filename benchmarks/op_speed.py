@@ -40,6 +40,7 @@ from measuring import (
     breakdown,
     context,
     device_ms,
+    devices_ms,
     eager_ms,
     goal,
     host_us,
@@ -252,7 +253,7 @@ def short(options: argparse.Namespace) -> Iterator[Row]:
             path = next(name for name in after if after[name] > before.get(name, 0))
             if path.startswith("dense") and not error <= LIMIT:
                 raise SystemExit(f"{length} tokens are off by {error:.3g}")
-            ours, theirs = (device_ms(run, device) for run in (call, plain))
+            ours, theirs = devices_ms((call, plain), device, rounds=15)
             row = {"length": length, "queries": queries, "layout": layout, "path": path}
             row |= {"device_us": ours * 1e3, "sdpa_us": theirs * 1e3, "ratio": ours / theirs}
             row |= {"host_us": host_us(call, device), "sdpa_host_us": host_us(plain, device)}

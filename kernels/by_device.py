@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.kernels import blockwise, engines, scoring, selection
+from seer_compile.kernels.budgets import BudgetColumns
 from seer_compile.kernels.geometry import Grid
 from seer_compile.kernels.sinks import with_sinks
 from seer_compile.types import Visibility
@@ -57,11 +58,11 @@ def block_scores(
 
 
 def select_blocks(
-    scores: Tensor, budget: Tensor, selector: str, grid: Grid, visibility: Visibility
+    scores: Tensor, budget: BudgetColumns, selector: str, grid: Grid, visibility: Visibility
 ) -> tuple[Tensor, Tensor]:
     """Turn scores into indices and counts; see ``ops.select_blocks``."""
     if not scores.is_cuda:
-        return selection.select(scores, budget, selector, grid, visibility)
+        return selection.select(scores, budget.value(), selector, grid, visibility)
     from seer_compile.kernels.triton import select_blocks as kernel
 
     blocks = (grid.query_unit, grid.key_unit, grid.q_len, grid.k_len)

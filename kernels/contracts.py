@@ -16,6 +16,7 @@ from torch.library import custom_op
 
 from seer_compile.errors import HeadConfigError, ShapeError
 from seer_compile.kernels import by_device, scoring
+from seer_compile.kernels.budgets import only
 from seer_compile.kernels.checks import (
     BUDGET_DTYPES,
     SELECTOR_NAMES,
@@ -236,7 +237,7 @@ def select_blocks(
     )
     grid = Grid(q_len, k_len, query_block, key_block)
     _check_select(scores, budget, selector, grid, visibility)
-    return by_device.select_blocks(scores, budget, selector, grid, visibility)
+    return by_device.select_blocks(scores, only(budget), selector, grid, visibility)
 
 
 @select_blocks.register_fake

@@ -23,6 +23,7 @@ from torch import Tensor
 from seer_compile.callers import warn_caller
 from seer_compile.errors import SeerWarning, VersionUnsupportedError
 from seer_compile.kernels import flash_attention_4
+from seer_compile.kernels.call_recorder import active_recorder
 from seer_compile.kernels.checks import check_choice
 from seer_compile.kernels.counters import Tally
 from seer_compile.kernels.geometry import Grid
@@ -75,6 +76,12 @@ def answers() -> dict[str, int]:
     return _answers.snapshot()
 
 
+def chosen() -> str:
+    """Return the engine that calls of this thread go to, where it takes them."""
+    engine = _chosen.get()
+    return AUTO_ENGINE if engine == "auto" else engine
+
+
 def reset() -> None:
     """Forget the counts."""
     _answers.reset()
@@ -96,18 +103,19 @@ def forward(
 
     if _chosen.get() != flash_attention_4.NAME:
         return answer_by_default()
+    _not_recorded("kernels of another package run")
     indices, counts, scale, query_block, key_block = rest[:5]
     visibility = Visibility.from_arguments(*rest[5:])
     tensors, blocks = (query, key, value), (query_block, key_block)
     reason = flash_attention_4.obstacle(*tensors, scale, blocks, visibility, softcap)
     if reason is not None:
-        _answers.add(f"auto:{reason}")
+        _count(f"auto:{reason}")
         _warn(flash_attention_4.NAME, "the default ones do", reason)
         return answer_by_default()
     answer = flash_attention_4.launch(
         *tensors, indices, counts, scale, blocks, visibility.upper, answer_by_default
     )
-    _answers.add(flash_attention_4.NAME)
+    _count(flash_attention_4.NAME)
     return answer
 
 
@@ -191,19 +199,34 @@ def _goes_to_hopper(call: str, find_obstacle: Callable[[str], str | None]) -> bo
     if engine == flash_attention_4.NAME:
         engine = "auto"
     if (AUTO_ENGINE if engine == "auto" else engine) == "portable":
-        _answers.add(f"{call}portable")
+        _count(f"{call}portable")
         return False
     reason = find_obstacle(engine)
     if reason is None:
-        _answers.add(f"{call}hopper")
+        _count(f"{call}hopper")
         return True
-    _answers.add(f"{call}portable:{reason}")
+    _count(f"{call}portable:{reason}")
     if engine != "auto":
         _warn(engine, "the portable one does", reason)
     return False
 
 
+def _count(answer: str) -> None:
+    """Count an answer, also each time that it is played again."""
+    _answers.add(answer)
+    recorder = active_recorder()
+    if recorder is not None:
+        recorder.add_effect(_answers.add, answer)
+
+
+def _not_recorded(reason: str) -> None:
+    recorder = active_recorder()
+    if recorder is not None:
+        recorder.refuse(reason)
+
+
 def _warn(engine: str, instead: str, reason: str) -> None:
+    _not_recorded("a warning is given")
     warn_caller(
         f"The {engine} engine does not take this call, {instead}: {reason}",
         EngineFallbackWarning,

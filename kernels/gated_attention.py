@@ -10,18 +10,26 @@ backward makes it again instead of keeping it.
 
 from __future__ import annotations
 
-import functools
-import math
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from seer_compile.errors import RangeError
-from seer_compile.kernels import by_device, counters, every_block, observation
+from seer_compile.kernels import (
+    by_device,
+    counters,
+    engines,
+    every_block,
+    observation,
+    recorded_calls,
+)
+from seer_compile.kernels.budgets import columns_at
 from seer_compile.kernels.dense import dense_attention, dense_reason
+from seer_compile.kernels.gate_arguments import GateArguments, look_of, selection_heads
 from seer_compile.kernels.geometry import Grid, visible_range
+from seer_compile.kernels.recorded_calls import CallRecords
 from seer_compile.result_layout import empty_like_query, laid_like_query
 from seer_compile.types import SiteInputs, Visibility
 
@@ -29,33 +37,23 @@ MODE_DENSE, MODE_AUTO, MODE_SPARSE, MODE_FULL_BUDGET = 0, 1, 2, 3
 """Values of ``mode``: dense; sparse where that is not slower; sparse whatever the size; dense,
 because the budget covers every block."""
 
+RECORDS = CallRecords()
+"""Recorded sparse calls, of all sites."""
+
 _SLAB_BYTES = 256 << 20
 """Scores and indices, four bytes each, of one slab of query rows."""
 
 
-class GateArguments(NamedTuple):
-    """What a gate adds to query, key and value; the fields are the operator's, in its order."""
+def _may_be_played(query: Tensor) -> bool:
+    """Whether calls are launches alone now: nobody counts blocks or watches launches."""
+    if not (query.is_cuda and recorded_calls.is_on()) or counters.active_meters():
+        return False
+    if torch.are_deterministic_algorithms_enabled():
+        # PyTorch fills what it allocates then, by a launch of its own.
+        return False
+    from seer_compile.kernels.triton.launching import has_hooks
 
-    query_weight: Tensor
-    key_weight: Tensor
-    budget: Tensor
-    mode: Tensor
-    scale: float
-    query_pools: str
-    key_pools: str
-    query_sub_block: int
-    key_sub_block: int
-    query_block: int
-    key_block: int
-    sharing: str
-    selector: str
-    budget_lengths: list[int]
-    site: str
-
-
-def selection_heads(query: Tensor, key: Tensor, gate: GateArguments) -> int:
-    """Return the number of selections per batch item."""
-    return (query if gate.sharing == "none" else key).shape[1]
+    return torch.cuda.current_device() == query.get_device() and not has_hooks()
 
 
 class _Slab(NamedTuple):
@@ -74,22 +72,52 @@ def forward(
     visibility: Visibility,
     softcap: float | None = None,
     sinks: Tensor | None = None,
+    look: Hashable = None,
 ) -> tuple[Tensor, Tensor]:
-    """Return out and lse; see ``ops.gated_attention``."""
+    """Return out and lse; see ``ops.gated_attention``.
+
+    On a GPU a sparse call that looks like earlier ones is played from a recording, see
+    :mod:`.recorded_calls`. ``look`` is its :func:`look_of` where that is at hand.
+    """
     reason = path_of(query, key, value, gate)
     counters.record(gate.site, "sparse" if reason is None else f"dense:{reason}")
     _show(query, key, value, gate, visibility, softcap, sinks)
     if reason is not None and not (softcap is sinks is None):
         return every_block.forward(query, key, value, gate.scale, visibility, softcap, sinks)
-    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     if reason is not None:
         # Nobody reads the log-sum-exp then: at short lengths filling it would show.
+        lse = query.new_empty(query.shape[:3], dtype=torch.float32)
         out = dense_attention(query, key, value, scale=gate.scale, visibility=visibility)
         return laid_like_query(out, query), lse
+
+    def compute() -> tuple[Tensor, Tensor]:
+        return _forward_sparsely(query, key, value, gate, visibility, softcap, sinks)
+
+    if not _may_be_played(query):
+        return compute()
+    if look is None:
+        look = look_of(query, key, value, gate, visibility, softcap, sinks)
+    tensors = (*visibility.as_arguments().values(), sinks)
+    masks = [tensor for tensor in tensors if isinstance(tensor, Tensor)]
+    operands = (query, key, value, gate.query_weight, gate.key_weight, gate.budget, *masks)
+    out, lse = RECORDS.answer((look, engines.chosen()), operands, compute)
+    return out, lse
+
+
+def _forward_sparsely(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: GateArguments,
+    visibility: Visibility,
+    softcap: float | None,
+    sinks: Tensor | None,
+) -> tuple[Tensor, Tensor]:
     key_features = _key_features(key, gate, visibility)
     slabs = list(_slabs(query, key, gate, visibility))
     if len(slabs) == 1:
         return _attend(query, key, value, key_features, gate, slabs[0], softcap, sinks)
+    lse = query.new_empty(query.shape[:3], dtype=torch.float32)
     out = empty_like_query(query, value)
     for slab in slabs:
         out[:, :, slab.rows], lse[:, :, slab.rows] = _attend(
@@ -221,31 +249,6 @@ def path_of(query: Tensor, key: Tensor, value: Tensor, gate: GateArguments) -> s
     )
 
 
-def budget_at(budget: Tensor, lengths: list[int], k_len: int) -> Tensor:
-    """Return ``Float[s]``: the budget at a key length.
-
-    Args:
-        budget: ``Float[s L]``, float32 or float64.
-        lengths: Key lengths of the columns, ascending, in tokens.
-        k_len: Key tokens; outside the lengths the nearest column counts.
-    """
-    right, weight = _place(tuple(lengths), k_len)
-    if weight == 1:
-        return budget[:, right]
-    return torch.lerp(budget[:, right - 1], budget[:, right], weight)
-
-
-@functools.lru_cache(maxsize=1024)
-def _place(lengths: tuple[int, ...], k_len: int) -> tuple[int, float]:
-    """Return the column at or after a key length, and its share against the one before."""
-    logs = [math.log2(length) for length in lengths]
-    place = min(max(math.log2(max(k_len, 1)), logs[0]), logs[-1])
-    right = next((i for i, log in enumerate(logs) if log >= place), len(logs) - 1)
-    if right == 0:
-        return 0, 1.0
-    return right, (place - logs[right - 1]) / (logs[right] - logs[right - 1])
-
-
 def _slabs(
     query: Tensor, key: Tensor, gate: GateArguments, visibility: Visibility
 ) -> Iterator[_Slab]:
@@ -312,7 +315,7 @@ def _select(
         1 if is_gate_shared else groups,
         slab.visibility,
     )
-    budget = budget_at(gate.budget, gate.budget_lengths, k_len)
+    budget = columns_at(gate.budget, gate.budget_lengths, k_len)
     return by_device.select_blocks(scores, budget, gate.selector, grid, slab.visibility)
 
 

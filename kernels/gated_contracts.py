@@ -6,6 +6,7 @@ lie as those of ``attention_contracts``.
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ from seer_compile.kernels.checks import (
     check_visibility,
 )
 from seer_compile.kernels.contracts import NAMESPACE
-from seer_compile.kernels.gated_attention import GateArguments, selection_heads
+from seer_compile.kernels.gate_arguments import GateArguments, look_of, selection_heads
 from seer_compile.kernels.sinks import check_sinks
 from seer_compile.types import SHARINGS, Visibility
 
@@ -91,8 +92,8 @@ def gated(
     visibility = Visibility.from_arguments(
         upper, lower, offset, key_padding, query_documents, key_documents
     )
-    _check_gated(query, key, value, gate, visibility, softcap, sinks)
-    return gated_attention.forward(query, key, value, gate, visibility, softcap, sinks)
+    look = _check_gated(query, key, value, gate, visibility, softcap, sinks)
+    return gated_attention.forward(query, key, value, gate, visibility, softcap, sinks, look)
 
 
 @gated.register_fake
@@ -168,7 +169,7 @@ def _(
     return fake_gradients(query, key, value)
 
 
-_PASSED: set[tuple[Any, ...]] = set()
+_PASSED: set[Hashable] = set()
 """What calls looked like that passed the checks: a short call would pay for them every time."""
 _MOST_PASSED = 1024
 
@@ -181,21 +182,18 @@ def _check_gated(
     visibility: Visibility,
     softcap: float | None,
     sinks: Tensor | None,
-) -> None:
-    others = (*visibility.as_arguments().values(), softcap, sinks)
-    tensors = (query, key, value, *gate[:4], *others)
-    looks = (
-        *((t.shape, t.dtype, t.device) if isinstance(t, Tensor) else t for t in tensors),
-        *(tuple(part) if isinstance(part, list) else part for part in gate[4:-1]),
-    )
-    if looks in _PASSED:
-        return
+) -> Hashable:
+    """Check a call unless one like it has passed; return what it looks like."""
+    look = look_of(query, key, value, gate, visibility, softcap, sinks)
+    if look in _PASSED:
+        return look
     _check_gated_in_full(query, key, value, gate, visibility)
     check_softcap(softcap)
     check_sinks(sinks, query)
     if len(_PASSED) >= _MOST_PASSED:
         _PASSED.clear()
-    _PASSED.add(looks)
+    _PASSED.add(look)
+    return look
 
 
 def _check_gated_in_full(

@@ -17,7 +17,7 @@ from seer_compile.budget_curve import BudgetCurve
 from seer_compile.config import GateConfig
 from seer_compile.errors import HeadConfigError, RangeError, ShapeError
 from seer_compile.gate_scores import block_log_mass, visible_units
-from seer_compile.kernels.gated_attention import budget_at
+from seer_compile.kernels.budgets import budget_at
 from seer_compile.sensitivity import SensitivityCurve
 from seer_compile.shares import ShareTable
 from seer_compile.types import BlockSelection, PoolKind, SiteInputs, Visibility

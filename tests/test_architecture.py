@@ -171,6 +171,16 @@ def test_reference_imports_core_only():
             assert layer_of(module_imported(name)) == "core", f"line {statement.lineno}: {name}"
 
 
+def test_every_launch_goes_through_one_function():
+    # A recorded call repeats the launches that were seen there: others would be missed.
+    for module in (name for name in FILES if name.startswith("seer_compile.kernels.triton.")):
+        if module.endswith(".launching"):
+            continue
+        for node in ast.walk(TREES[module]):
+            is_launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
+            assert not is_launch, f"{module}:{node.lineno} {ast.unparse(node.func)}"
+
+
 def test_triton_kernels_import_core_and_siblings_only():
     kernels = [name for name in FILES if name.startswith("seer_compile.kernels.triton.")]
     assert kernels

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from seer_compile.kernels.triton.key_value_gradient import key_value_gradient
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
     dot_precision,
@@ -139,14 +140,14 @@ def launch(
     with launching_on(query, "query"):
         lists, list_counts = transpose_selection(indices, counts, key_blocks)
         tiles = ceil_div(q_len, tiling.rows)
-        query_gradient[(tiles * heads * batch,)](
+        launch_kernel(query_gradient, tiles * heads * batch,
             query, key, value, out, grad_out, lse, delta, indices, counts, grad_query,
             *(tensor.stride() for tensor in (query, key, value, out, grad_out, grad_query)),
             *visibility, *indices.shape[1:], tiles, heads, **constants,
             num_warps=tiling.query_warps, num_stages=tiling.query_stages,
         )  # fmt: skip
         tiles = ceil_div(k_len, tiling.keys)
-        key_value_gradient[(tiles * kv_heads * batch,)](
+        launch_kernel(key_value_gradient, tiles * kv_heads * batch,
             query, key, value, grad_out, lse, delta, lists, list_counts, grad_key, grad_value,
             *(tensor.stride() for tensor in (query, key, value, grad_out, grad_key, grad_value)),
             *visibility, tiles, kv_heads, lists.shape[3], **constants,

@@ -28,6 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     ceil_div,
@@ -344,7 +345,9 @@ def launch(
     tiles = ceil_div(q_len, tiling.rows)
     groups = heads // tiling.heads
     with launching_on(query, "query"):
-        _attention_forward[(tiles * groups * batch,)](
+        launch_kernel(
+            _attention_forward,
+            tiles * groups * batch,
             query,
             key,
             value,

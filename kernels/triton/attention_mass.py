@@ -12,6 +12,7 @@ from torch import Tensor
 
 from seer_compile.errors import RangeError
 from seer_compile.kernels.triton.column_rules import ColumnRules, column_rules
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.pooled_map import pooled_map
 from seer_compile.kernels.triton.primitives import (
     Band,
@@ -134,12 +135,12 @@ def _run_both_passes(
     }
     with launching_on(query, "query"):
         tiles = ceil_div(q_len, tiling.rows)
-        row_statistics[(tiles * heads * batch,)](
+        launch_kernel(row_statistics, tiles * heads * batch,
             *operands, *visibility, *lengths, tiles, heads,
             TILE_R=tiling.rows, TILE_C=tiling.columns, **constants,
         )  # fmt: skip
         tiles = ceil_div(shape[0], row_units)
-        pooled_map[(tiles * heads * batch,)](
+        launch_kernel(pooled_map, tiles * heads * batch,
             *operands, result, *visibility, *shape, *lengths, tiles, heads,
             ROW_UNIT=units[0], COLUMN_UNIT=units[1], ROW_UNITS=row_units,
             COLUMN_UNITS=column_units, PADDED_ROW_UNIT=padded_units[0],

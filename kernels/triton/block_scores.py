@@ -13,6 +13,7 @@ from torch import Tensor
 
 from seer_compile.errors import RangeError
 from seer_compile.kernels.triton.column_rules import column_rules
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
     dot_precision,
@@ -105,7 +106,7 @@ def launch(
     band = make_band(upper, lower, offset)
     rules = column_rules(extents, key_padding, query_documents, key_documents)
     with launching_on(query_features, "query_features"):
-        score_blocks[(programs,)](
+        launch_kernel(score_blocks, programs,
             query_features, key_features, memory, result, query_features.stride(),
             key_features.stride(), band.offset, *rules, num_rows, num_columns, *shape, q_len, k_len,
             band.upper, band.lower, positive_scale(scale), tiles, heads, batch,

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     ceil_div,
@@ -76,7 +77,7 @@ def gradient_statistics(out: Tensor, grad_out: Tensor, lse: Tensor) -> Tensor:
     tiles = ceil_div(q_len, ROWS)
     shape = (batch * heads, tiles, 2 * ROWS)
     result = torch.empty(shape, dtype=torch.float32, device=out.device)
-    _statistics[(tiles * heads * batch,)](
+    launch_kernel(_statistics, tiles * heads * batch,
         out, grad_out, lse, result, out.stride(), grad_out.stride(), q_len, tiles, heads,
         ROWS=ROWS, DIM=dim, num_warps=4,
     )  # fmt: skip
@@ -122,7 +123,7 @@ def add_parts(sums: Tensor, key_target: Tensor, value_target: Tensor, scale: flo
         scale: Factor on the logits.
     """
     pairs, parts, _, _, dim = sums.shape
-    _add_parts[(pairs * 4,)](
+    launch_kernel(_add_parts, pairs * 4,
         sums, key_target, value_target, key_target.stride(), value_target.stride(), scale,
         key_target.shape[1], key_target.shape[2], PARTS=parts, DIM=dim, num_warps=4,
     )  # fmt: skip

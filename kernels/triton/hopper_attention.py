@@ -27,6 +27,7 @@ from seer_compile.kernels.triton.hopper_launch import (
 )
 from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, plan, tile_rules
 from seer_compile.kernels.triton.hopper_warps import consume, produce
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     ceil_div,
@@ -239,7 +240,9 @@ def launch(
     descriptors = [describe(tensor) for tensor in (query, key, value)]
     with launching_on(query, "query"):
         lists = plan(indices, counts, band, rules, (q_len, k_len), (query_block, key_block))
-        _hopper_attention[(programs,)](
+        launch_kernel(
+            _hopper_attention,
+            programs,
             *descriptors,
             out,
             lse,

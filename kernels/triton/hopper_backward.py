@@ -36,6 +36,7 @@ from seer_compile.kernels.triton.hopper_launch import (
 )
 from seer_compile.kernels.triton.hopper_plan import TILE_KEYS, Plan, plan, tile_rules
 from seer_compile.kernels.triton.hopper_query_gradient import query_gradient_kernel
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     LOG2_E,
     Band,
@@ -129,7 +130,7 @@ def query_gradient(
     programs = min(items, multiprocessors(target.device) * tiling.programs)
     fine, (lengths, scales) = call.visibility[:4], (call.visibility[4:8], call.visibility[8:])
     lists = call.lists
-    query_gradient_kernel[(programs,)](
+    launch_kernel(query_gradient_kernel, programs,
         *call.descriptors, call.statistics, target, target.stride(), *lists[:3], *fine, items,
         *lengths, *scales, layout.heads, tiles, groups, selections, query_blocks, lists.capacity,
         PER_KEY_HEAD=layout.per_key_head, PER_SELECTION=layout.per_selection, BLOCK_Q=query_block,
@@ -156,7 +157,7 @@ def key_value_gradient(
     sums = torch.empty(
         (pairs, tiling.parts, 2, TILE_KEYS, dim), dtype=torch.float32, device=key_target.device
     )
-    key_gradient_kernel[(pairs * (tiling.parts + tiles - 1),)](
+    launch_kernel(key_gradient_kernel, pairs * (tiling.parts + tiles - 1),
         *call.descriptors, _describe_statistics(call.statistics), key_target, value_target,
         key_target.stride(), value_target.stride(), sums, *lists[:3], *call.visibility,
         layout.heads, tiles, pairs, selections, kv_heads, lists.capacity,

@@ -20,6 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     Band,
     ceil_div,
@@ -200,7 +201,9 @@ def plan(
     masked = torch.empty(rows, dtype=torch.int32, device=indices.device)
     whole = torch.empty_like(masked)
     queue = torch.empty(1, dtype=torch.int32, device=indices.device)
-    _split_lists[(rows,)](
+    launch_kernel(
+        _split_lists,
+        rows,
         indices.contiguous(),
         counts.contiguous(),
         tiles,

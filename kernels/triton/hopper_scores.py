@@ -29,6 +29,7 @@ from seer_compile.kernels.triton.hopper_launch import (
     memory_obstacle,
 )
 from seer_compile.kernels.triton.hopper_score_warps import copy_features, finish, score
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
     is_hopper,
@@ -265,7 +266,7 @@ def launch(
         _kept_bytes(query_features, places, shape[1]) // 2, dtype=torch.float16, device=device
     )
     with launching_on(query_features, "query_features"):
-        _hopper_scores[(_programs(query_features),)](
+        launch_kernel(_hopper_scores, _programs(query_features),
             describe(query_features), _describe_columns(key_features, places, _COLUMNS // places),
             memory, result.view(torch.int32) if groups > 1 else result, band.offset,
             num_rows, num_columns, *shape, q_len, k_len, band.upper, band.lower,

@@ -15,12 +15,8 @@ import triton.language as tl
 from torch import Tensor
 
 from seer_compile.errors import RangeError
-from seer_compile.kernels.triton.primitives import (
-    as_bytes,
-    ceil_div,
-    launching_on,
-    padded_dim,
-)
+from seer_compile.kernels.triton.launching import launch_kernel
+from seer_compile.kernels.triton.primitives import as_bytes, ceil_div, launching_on, padded_dim
 from seer_compile.types import POOL_KINDS
 
 _TILE_ELEMENTS = 2048
@@ -156,7 +152,9 @@ def launch(tokens: Tensor, size: int, kinds: str, padding: Tensor | None = None)
     tiles = ceil_div(num_sub_blocks, tile)
     places = {kind: order.index(kind) if kind in order else -1 for kind in POOL_KINDS}
     with launching_on(tokens, "tokens"):
-        _pool_blocks[(tiles * heads * batch,)](
+        launch_kernel(
+            _pool_blocks,
+            tiles * heads * batch,
             tokens,
             pooled,
             as_bytes(padding),

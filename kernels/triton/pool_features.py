@@ -21,6 +21,7 @@ from torch import Tensor
 
 from seer_compile.errors import DtypeError
 from seer_compile.kernels.triton import pool_means, pool_resident
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.pool_steps import pool_chunk
 from seer_compile.kernels.triton.primitives import (
     as_bytes,
@@ -157,7 +158,7 @@ def launch(
     order = kinds.split(",")
     places = [order.index(kind) if kind in order else -1 for kind in ("mean", "max", "min")]
     with launching_on(tokens, "tokens"):
-        _pool_features[(tiles * heads * batch,)](
+        launch_kernel(_pool_features, tiles * heads * batch,
             tokens, weight, features, as_bytes(padding), tokens.stride(), weight.stride(),
             num_tokens, num_sub_blocks, tiles, heads, groups,
             SIZE=size, DIM=dim, CHUNK=min(padded_dim(dim), tiling.dims), TILE=tiling.rows,

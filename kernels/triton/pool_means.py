@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import (
     as_bytes,
     ceil_div,
@@ -142,7 +143,7 @@ def launch(
     tile = max(1, tiling.tokens // size)
     tiles = ceil_div(num_sub_blocks, tile)
     with launching_on(tokens, "tokens"):
-        _pool_means[(tiles * heads * batch,)](
+        launch_kernel(_pool_means, tiles * heads * batch,
             tokens, weight, features, as_bytes(padding), tokens.stride(), weight.stride(),
             num_tokens, num_sub_blocks, tiles, heads, GROUPS=groups, SIZE=size, TILE=tile,
             DIM=dim, CHUNK=min(padded_dim(dim), tiling.dims), GATE_DIM=gate_dim,

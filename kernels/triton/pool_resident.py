@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.pool_steps import pool_chunk
 from seer_compile.kernels.triton.primitives import (
     ceil_div,
@@ -217,7 +218,7 @@ def launch(tokens: Tensor, weight: Tensor, size: int, kinds: str) -> Tensor:
     order = kinds.split(",")
     places = [order.index(kind) for kind in ("mean", "max", "min")]
     with launching_on(tokens, "tokens"):
-        _pool_resident[(programs * heads * batch,)](
+        launch_kernel(_pool_resident, programs * heads * batch,
             tokens, weight, features, tokens.stride(), weight.stride(), num_tokens,
             num_sub_blocks, heads, programs, SIZE=size, DIM=dim,
             CHUNK=min(padded_dim(dim), _DIMS), TILE=_ROWS, GATE_DIM=gate_dim,

@@ -20,6 +20,7 @@ from torch import Tensor
 from seer_compile.config import SELECTORS
 from seer_compile.errors import FeatureUnsupportedError, RangeError
 from seer_compile.kernels.triton.column_rules import column_rules
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import launching_on, make_band, shifted_band
 
 _LARGEST_ROW = 32768
@@ -215,7 +216,9 @@ def _select_row(
 )  # fmt: skip
 def _select_blocks(
     scores_ptr,
-    budget_ptr,
+    before_ptr,
+    after_ptr,
+    share,
     indices_ptr,
     counts_ptr,
     offset_ptr,
@@ -248,7 +251,9 @@ def _select_blocks(
     row_ptr, indices_ptr = scores_ptr + target * num_blocks, indices_ptr + target * num_blocks
     if usable_ptr is not None:
         usable_ptr += batch * num_blocks
-    given = tl.load(budget_ptr + selection * budget_stride)
+    before = tl.load(before_ptr + selection * budget_stride)
+    after = tl.load(after_ptr + selection * budget_stride)
+    given = before + share * (after - before)
     if WIDTH >= 128 and end - base <= WIDTH // 4:
         count = _select_row(
             row_ptr, usable_ptr, indices_ptr, given, base, begin, end, first_query, last_query,
@@ -269,7 +274,7 @@ def _select_blocks(
 
 def launch(
     scores: Tensor,
-    budget: Tensor,
+    budget: tuple[Tensor, Tensor, float],
     selector: str,
     query_block: int,
     key_block: int,
@@ -286,8 +291,8 @@ def launch(
 
     Args:
         scores: ``Float32[b s m n]``, any strides.
-        budget: ``Float[s]``, float32 or float64: mass, share of visible blocks, number of blocks,
-            or ratio.
+        budget: Two columns ``Float[s]`` of one stride, float32 or float64, and how far from the
+            first one to the second: mass, share of visible blocks, number of blocks, or ratio.
         selector: ``top_p``, ``fraction``, ``top_k`` or ``threshold``.
         query_block: Tokens per query block.
         key_block: Tokens per key block.
@@ -329,9 +334,11 @@ def launch(
     diagonal = without_bound if upper is None else "upper_bound"
     width = max(16, triton.next_power_of_2(num_blocks))
     with launching_on(scores, "scores"):
-        _select_blocks[(batch * selections * num_rows,)](
+        launch_kernel(
+            _select_blocks,
+            batch * selections * num_rows,
             scores.contiguous(),
-            budget,
+            *budget,
             indices,
             counts,
             band.offset,
@@ -343,7 +350,7 @@ def launch(
             band.upper,
             band.lower,
             selections,
-            budget.stride(0),
+            budget[0].stride(0),
             QUERY_BLOCK=query_block,
             KEY_BLOCK=key_block,
             WIDTH=width,

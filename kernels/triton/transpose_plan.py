@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from seer_compile.kernels.triton.hopper_plan import Plan
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import ceil_div
 
 _MARK_CHUNK = 128
@@ -100,12 +101,12 @@ def transpose_plan(plan: Plan, selections: int, query_blocks: int, key_tiles: in
     blocks = torch.empty((rows, query_blocks), dtype=torch.int32, device=device)
     masked = torch.empty(rows, dtype=torch.int32, device=device)
     whole = torch.empty_like(masked)
-    _mark_tiles[(selections * query_blocks,)](
+    launch_kernel(_mark_tiles, selections * query_blocks,
         plan.tiles, plan.masked, plan.whole, marks, plan.capacity, key_tiles,
         CHUNK=_MARK_CHUNK, num_warps=1,
     )  # fmt: skip
     column_tiles = ceil_div(key_tiles, _COLUMNS)
-    _compact_marks[(selections * column_tiles,)](
+    launch_kernel(_compact_marks, selections * column_tiles,
         marks, blocks, masked, whole, query_blocks, key_tiles, column_tiles,
         ROWS=_ROWS, COLUMNS=_COLUMNS, num_warps=4,
     )  # fmt: skip

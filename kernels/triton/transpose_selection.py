@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from seer_compile.kernels.triton.launching import launch_kernel
 from seer_compile.kernels.triton.primitives import ceil_div
 
 _MARK_CHUNK = 128
@@ -90,7 +91,9 @@ def transpose_selection(indices: Tensor, counts: Tensor, key_blocks: int) -> tup
     transposed_counts = torch.empty(shape[:3], dtype=torch.int32, device=indices.device)
     if pairs.numel() == 0:
         return transposed, transposed_counts.zero_()
-    _mark_pairs[(batch * selections * query_blocks,)](
+    launch_kernel(
+        _mark_pairs,
+        batch * selections * query_blocks,
         indices,
         counts,
         pairs,
@@ -100,7 +103,9 @@ def transpose_selection(indices: Tensor, counts: Tensor, key_blocks: int) -> tup
         num_warps=1,
     )
     column_tiles = ceil_div(key_blocks, _COLUMNS)
-    _compact_columns[(batch * selections * column_tiles,)](
+    launch_kernel(
+        _compact_columns,
+        batch * selections * column_tiles,
         pairs,
         transposed,
         transposed_counts,

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from seer_compile.errors import RangeError, SeerInputError
-from seer_compile.kernels import counters, gated_attention, ops, reference
+from seer_compile.kernels import budgets, counters, gated_attention, ops, reference
 from seer_compile.types import SHARINGS, BlockSelection, BlockSize, Visibility
 from support.assertions import assert_bitwise_equal
 from support.inputs import attention_inputs, documents, key_padding, normal
@@ -215,13 +215,13 @@ def test_unknown_mode_is_refused():
 )
 def test_budget_is_linear_in_the_logarithm_of_the_length(k_len, expected):
     table = torch.tensor([[0.2, 0.4, 1.0], [0.2, 0.4, 1.0]])
-    got = gated_attention.budget_at(table, LENGTHS, k_len)
+    got = budgets.budget_at(table, LENGTHS, k_len)
     torch.testing.assert_close(got, torch.tensor([expected, expected]))
 
 
 def test_budget_of_one_length_holds_everywhere():
     table = torch.tensor([[0.3]])
-    assert gated_attention.budget_at(table, [128], 5000).item() == table.item()
+    assert budgets.budget_at(table, [128], 5000).item() == table.item()
 
 
 @pytest.mark.parametrize("mode", [0, 1, 2])

@@ -23,6 +23,7 @@ from kernels_cases import PROFILES, Draw, select_inputs
 from kernels_checks import check_select
 
 from seer_compile.errors import RangeError
+from seer_compile.kernels.budgets import only
 from seer_compile.kernels.triton import select_blocks
 from seer_compile.kernels.triton.transpose_selection import transpose_selection
 
@@ -32,7 +33,7 @@ def kept(scores, budget, selector, **visibility):
     scores = torch.tensor(scores)[None, None, None]
     length = 16 * scores.shape[-1]
     indices, counts = select_blocks.launch(
-        scores, torch.tensor([budget]), selector, 16, 16, 16, length, **visibility
+        scores, only(torch.tensor([budget])), selector, 16, 16, 16, length, **visibility
     )
     return indices[0, 0, 0, : int(counts)].tolist()
 
@@ -60,7 +61,7 @@ def test_selection_by_number_and_ratio_matches_the_reference(selector):
 def test_a_wide_row_is_selected_in_one_pass():
     scores = torch.rand(1, 1, 1, 16_384, generator=torch.Generator().manual_seed(0))
     indices, counts = select_blocks.launch(
-        scores, torch.tensor([100.0]), "top_k", 64, 64, 64, 64 * 16_384
+        scores, only(torch.tensor([100.0])), "top_k", 64, 64, 64, 64 * 16_384
     )
     expected = set(scores[0, 0, 0].topk(99).indices.tolist()) | {0}
     assert set(indices[0, 0, 0, : int(counts)].tolist()) == expected or int(counts) == 100
@@ -121,5 +122,5 @@ def test_top_p_tells_shares_next_to_one_apart(decades):
     # Each block carries a tenth of the one before: one block more for every decade of the rest.
     scores = torch.logspace(0, -15, 16).reshape(1, 1, 1, 16)
     budget = torch.tensor([1 - 2 * 10.0**-decades], dtype=torch.float64)
-    _, counts = select_blocks.launch(scores, budget, "top_p", 16, 16, 16, 256)
+    _, counts = select_blocks.launch(scores, only(budget), "top_p", 16, 16, 16, 256)
     assert counts.item() == decades

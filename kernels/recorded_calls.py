@@ -1,0 +1,117 @@
+"""Calls recorded once per shape and played again: kernel launches without the Python around them.
+
+What an operator launches on a GPU follows from sizes, strides, dtypes and constants: its key. So
+the second call of a key is watched, and the later ones repeat its launches with the addresses of
+their own tensors. On a slow host that takes a fifth of the time.
+
+A recording must not miss anything. What does more than launch kernels (a copy by PyTorch, a number
+read from a device, a tensor that a module keeps) is refused by :mod:`.call_recorder`, and calls of
+that key go on as they were.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from seer_compile.kernels.call_recorder import Recorder
+from seer_compile.kernels.played_calls import RecordedCall
+
+_logger = logging.getLogger(__name__)
+
+
+@dataclass
+class CallRecords:
+    """Recordings by key, of one operator; for any thread."""
+
+    limit: int = 256
+    """Keys; all are forgotten when there are more."""
+    _calls: dict[Hashable, RecordedCall | str] = field(default_factory=dict)
+    _lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def answer(
+        self,
+        key: Hashable,
+        operands: Sequence[Tensor],
+        compute: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        """Return the results of a call: played, or computed.
+
+        Args:
+            key: All that decides which launches a call makes, addresses modulo 16 among it.
+            operands: Every tensor that the call reads; the first one says the device.
+            compute: The call.
+        """
+        known = self._calls.get(key)
+        if isinstance(known, RecordedCall):
+            return known.play(operands)
+        if known is None:
+            # A call that never comes again is not worth a recording.
+            self._keep(key, "seen once")
+            return compute()
+        if known != "seen once":
+            return compute()
+        with Recorder(operands) as recorder:
+            results = compute()
+        call = recorder.finish(results)
+        if call is None:
+            _logger.debug("Calls are not recorded: %s", recorder.obstacle)
+        self._keep(key, recorder.obstacle or "" if call is None else call)
+        return results
+
+    def states(self) -> list[str]:
+        """Return ``recorded``, ``seen once``, or why it cannot be played, per key."""
+        with self._lock:
+            calls = list(self._calls.values())
+        return ["recorded" if isinstance(call, RecordedCall) else call for call in calls]
+
+    def clear(self) -> None:
+        """Forget all calls."""
+        with self._lock:
+            self._calls.clear()
+
+    def _keep(self, key: Hashable, call: RecordedCall | str) -> None:
+        with self._lock:
+            if len(self._calls) >= self.limit and key not in self._calls:
+                self._calls.clear()
+            self._calls[key] = call
+
+
+_is_on: ContextVar[bool] = ContextVar("seer_compile_recorded_calls", default=True)
+
+
+def is_on() -> bool:
+    """Whether calls may be played."""
+    return _is_on.get()
+
+
+@contextlib.contextmanager
+def recorded_calls(*, enabled: bool) -> Iterator[None]:
+    """Choose whether calls that are made in the block may be recorded and played; they may.
+
+    For comparisons: results are the same bits either way.
+    """
+    token = _is_on.set(enabled)
+    try:
+        yield
+    finally:
+        _is_on.reset(token)
+
+
+def looks(tensor: Tensor | None) -> Hashable:
+    """Return what of a tensor decides which kernel is launched for it."""
+    if tensor is None:
+        return None
+    return (
+        tensor.shape,
+        tensor.stride(),
+        tensor.dtype,
+        tensor.device,
+        tensor.data_ptr() % 16,
+    )
