@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from seer_compile.kernels import by_device, gated_attention
-from seer_compile.kernels.gated_attention import MODE_SPARSE, GateArguments
+from seer_compile.kernels.gate_arguments import GateArguments
+from seer_compile.kernels.gated_attention import MODE_SPARSE
+from seer_compile.kernels.recorded_calls import recorded_calls
 from seer_compile.types import Visibility
 
 LIMIT = 1e-2
@@ -27,7 +29,8 @@ def check_rows(operator: Any) -> None:
         calls.append((args, result[0]))
         return result
 
-    with mock.patch.object(by_device, "block_sparse_attention", kept):
+    patched = mock.patch.object(by_device, "block_sparse_attention", kept)
+    with patched, recorded_calls(enabled=False):
         out, _ = gated_attention.forward(*tensors, arguments, operator.visibility)
     if not calls:
         raise SystemExit("the operator made no sparse attention call")
