@@ -32,9 +32,9 @@ TABLE: dict[tuple[str, int], BreakEven] = {
     ("cuda", 64): BreakEven(q_len=128, k_len=2048, work=1.2e11),
     ("cuda", 128): BreakEven(q_len=128, k_len=2048, work=1.2e11),
     ("cuda", 256): BreakEven(q_len=128, k_len=2048, work=1.2e11),
-    ("cuda-90", 64): BreakEven(q_len=512, k_len=4096, work=5.44e11),
-    ("cuda-90", 128): BreakEven(q_len=256, k_len=3072, work=1.09e12),
-    ("cuda-90", 256): BreakEven(q_len=512, k_len=8192, work=1.09e12),
+    ("cuda-90", 64): BreakEven(q_len=256, k_len=3072, work=1.36e11),
+    ("cuda-90", 128): BreakEven(q_len=256, k_len=2048, work=2.72e11),
+    ("cuda-90", 256): BreakEven(q_len=256, k_len=2048, work=1.53e11),
 }
 """By device class (``cpu``, ``cuda`` for any GPU, ``cuda-90`` for one compute capability) and by
 :func:`head_dim_class`. Times are what a caller waits for, host and all, at a fifth of the blocks:
