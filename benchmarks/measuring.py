@@ -112,35 +112,37 @@ def device_ms(call: Call, device: str, *, budget_ms: float = 60.0) -> float:
 def devices_ms(
     calls: Sequence[Call], device: str, *, rounds: int = 5, budget_ms: float = 60.0
 ) -> list[float]:
-    """Return :func:`device_ms` of some calls whose graphs are replayed in turn."""
+    """Return :func:`device_ms` of some calls whose graphs are replayed in turn.
+
+    All graphs hold as many calls: the start of a replay counts alike for each.
+    """
     if device == "cpu":
         return walls_ms(calls, device, repeats=9, warm_up=1)
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        graphs = [_graph_of(call, stream, budget_ms) for call in calls]
-        times = [[elapsed_ms(graph.replay) for graph, _ in graphs] for _ in range(rounds)]
+        once = min(_warm_ms(call) for call in calls)
+        repeats = max(1, min(200, int(budget_ms / 6 / max(once, 1e-3))))
+        graphs = [_graph_of(call, repeats, stream) for call in calls]
+        times = [[elapsed_ms(graph.replay) for graph in graphs] for _ in range(rounds)]
     torch.cuda.current_stream().wait_stream(stream)
-    return [
-        min(spans) / repeats
-        for spans, (_, repeats) in zip(zip(*times, strict=True), graphs, strict=True)
-    ]
+    return [min(spans) / repeats for spans in zip(*times, strict=True)]
 
 
-def _graph_of(
-    call: Call, stream: torch.cuda.Stream, budget_ms: float
-) -> tuple[torch.cuda.CUDAGraph, int]:
-    """Return a graph of some calls in a row, replayed once, and their number."""
+def _warm_ms(call: Call) -> float:
     for _ in range(3):
         call()
-    once = elapsed_ms(call)
-    repeats = max(1, min(200, int(budget_ms / 6 / max(once, 1e-3))))
+    return elapsed_ms(call)
+
+
+def _graph_of(call: Call, repeats: int, stream: torch.cuda.Stream) -> torch.cuda.CUDAGraph:
+    """Return a graph of some calls in a row, replayed once."""
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         for _ in range(repeats):
             call()
     graph.replay()
-    return graph, repeats
+    return graph
 
 
 def elapsed_ms(call: Call, calls: int = 1) -> float:

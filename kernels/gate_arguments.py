@@ -48,9 +48,11 @@ def look_of(
     """Return all of a call but the numbers in its tensors, and where in memory these lie."""
     masks = (visibility.offset, visibility.key_padding)
     documents = (visibility.query_documents, visibility.key_documents)
-    tensors = (query, key, value, *gate[:4], *masks, *documents, sinks)
     return (
-        *(looks(tensor) for tensor in tensors),
-        *(tuple(part) if isinstance(part, list) else part for part in gate[4:-1]),
-        *(visibility.upper, visibility.lower, softcap),
+        looks(query, key, value, *gate[:4], *masks, *documents, sinks),
+        *gate[4:-2],
+        tuple(gate.budget_lengths),
+        visibility.upper,
+        visibility.lower,
+        softcap,
     )
