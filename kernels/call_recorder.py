@@ -74,8 +74,10 @@ class Recorder(TorchDispatchMode):
         """Why the call cannot be played; None as long as it can."""
         self._operands = tuple(operands)
         self._device = operands[0].device
-        # Kept until the end, so that no two of them have one address.
+        # Kept until the end, so that no two of them have one address; results, which are no larger
+        # than what the call is given, among them.
         self._allocated: list[Tensor] = []
+        self._room = LARGEST_WORKSPACE + sum(x.untyped_storage().nbytes() for x in operands)
         self._watched: list[tuple[Any, int, list[Any]]] = []
         self._effects: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
 
@@ -96,7 +98,7 @@ class Recorder(TorchDispatchMode):
         """Run an operator, and keep what it allocates."""
         result = func(*args, **(kwargs or {}))
         if func in _ALLOCATING and result.device == self._device:
-            self._allocated.append(result)
+            self._keep(result)
         elif func not in _VIEWING:
             self.refuse(f"{func} runs")
         return result
@@ -104,6 +106,9 @@ class Recorder(TorchDispatchMode):
     def refuse(self, reason: str) -> None:
         """Give up, but let the call end."""
         self.obstacle = self.obstacle or reason
+        # The call may need this memory.
+        self._allocated.clear()
+        self._watched.clear()
 
     def add_launch(self, compiled: Any, programs: int, arguments: list[Any]) -> None:
         """Note a launch.
@@ -113,21 +118,32 @@ class Recorder(TorchDispatchMode):
             programs: Size of the grid.
             arguments: All of the kernel's, in order, constants included.
         """
-        self._watched.append((compiled, programs, arguments))
+        if self.obstacle is None:
+            self._watched.append((compiled, programs, arguments))
 
     def add_effect(self, effect: Callable[..., None], *arguments: Any) -> None:
         """Note what a played call has to do on the host as well."""
         self._effects.append((effect, arguments))
 
+    def _keep(self, tensor: Tensor) -> None:
+        if self.obstacle is not None:
+            return
+        self._allocated.append(tensor)
+        self._room -= tensor.untyped_storage().nbytes()
+        if self._room < 0:
+            self.refuse("temporary tensors take too much memory")
+
     def finish(self, results: Sequence[Tensor]) -> RecordedCall | None:
         """Return the recording of a call with these results; None where it was refused."""
+        if self.obstacle is not None:
+            return None
         allocated = [tensor.untyped_storage().data_ptr() for tensor in self._allocated]
         owners = [_owner(result, allocated) for result in results]
         if None in owners or len(set(owners)) < len(owners):
             self.refuse("a result is no memory of its own")
         places, workspace = self._lay_out(owners)
         if workspace > LARGEST_WORKSPACE:
-            self.refuse(f"temporary tensors take {workspace} bytes")
+            self.refuse("temporary tensors take too much memory")
         launches = [
             self._launch(compiled, programs, arguments, places)
             for compiled, programs, arguments in self._watched
@@ -171,9 +187,8 @@ class Recorder(TorchDispatchMode):
             elif isinstance(argument, tuple) and not all(isinstance(x, int) for x in argument):
                 self.refuse(f"an argument is {argument}")
         return Launch(
-            run=compiled.run,
-            grid=(programs, 1, 1),
-            handles=(compiled.function, compiled.packed_metadata),
+            compiled=compiled,
+            programs=programs,
             arguments=tuple(constants),
             pointers=tuple(pointers),
             descriptors=tuple(descriptors),

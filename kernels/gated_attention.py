@@ -51,9 +51,9 @@ def _may_be_played(query: Tensor) -> bool:
     if torch.are_deterministic_algorithms_enabled():
         # PyTorch fills what it allocates then, by a launch of its own.
         return False
-    from seer_compile.kernels.triton.launching import has_hooks
+    from seer_compile.kernels.triton.launching import can_be_repeated
 
-    return torch.cuda.current_device() == query.get_device() and not has_hooks()
+    return torch.cuda.current_device() == query.get_device() and can_be_repeated()
 
 
 class _Slab(NamedTuple):

@@ -32,11 +32,10 @@ class _Address:
 class Launch(NamedTuple):
     """One launch of a compiled kernel."""
 
-    run: Callable[..., Any]
-    """Triton's launcher; see ``triton.compiler.CompiledKernel``."""
-    grid: tuple[int, int, int]
-    handles: tuple[Any, Any]
-    """The loaded function, and the metadata that the launcher unpacks."""
+    compiled: Any
+    """The ``triton.compiler.CompiledKernel``; what it loaded is gone when it is."""
+    programs: int
+    """Size of the grid."""
     arguments: tuple[Any, ...]
     """As bound, with None for what has an address."""
     pointers: tuple[tuple[int, Place], ...]
@@ -52,7 +51,8 @@ class Launch(NamedTuple):
         for index, model, place in self.descriptors:
             arguments[index] = with_base(model, _Address(bases[place.base] + place.offset))
         # No metadata for hooks, and no hooks: calls are not played while there are any.
-        self.run(*self.grid, stream, *self.handles, None, None, None, *arguments)
+        compiled, handles = self.compiled, (self.compiled.function, self.compiled.packed_metadata)
+        compiled.run(self.programs, 1, 1, stream, *handles, None, None, None, *arguments)
 
 
 class Result(NamedTuple):

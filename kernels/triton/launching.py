@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 import triton
 
 Observer = Callable[[Any, int, list[Any]], None]
@@ -44,7 +46,19 @@ def observed_launches(observer: Observer) -> Iterator[None]:
         _observer.reset(token)
 
 
-def has_hooks() -> bool:
-    """Whether somebody, such as a profiler, wants to know of every launch from Triton."""
+def can_be_repeated() -> bool:
+    """Whether launches may be repeated past Triton's own function for them.
+
+    Not with a Triton whose launcher is unknown, and not while somebody, such as a profiler, wants
+    to be told of every launch.
+    """
+    if not _is_known():
+        return False
     runtime = triton.knobs.runtime
-    return bool(runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    return not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+
+
+@functools.cache
+def _is_known() -> bool:
+    major, minor = (int(part) for part in triton.__version__.split(".")[:2])
+    return (3, 6) <= (major, minor) <= (3, 9) and torch.version.hip is None

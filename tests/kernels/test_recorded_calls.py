@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import threading
-from types import SimpleNamespace
+import weakref
 
 import numpy as np
 import pytest
@@ -34,10 +35,9 @@ class Kernel:
 
     def __getitem__(self, grid):
         def start(*arguments, **options):
-            compiled = SimpleNamespace(run=self.run, function="function", packed_metadata="packed")
             others = [options[name] for name in self.arg_names[len(arguments) :]]
             self.run(*grid, 1, 1, 0, "function", "packed", None, None, None, *arguments, *others)
-            return compiled
+            return Compiled(self)
 
         return start
 
@@ -48,6 +48,15 @@ class Kernel:
         source = getattr(source, "base", source)
         self.launched.append((x, factor, size))
         numbers(out, size)[:] = factor * numbers(source, size)
+
+
+class Compiled:
+    """Has what a compiled kernel has."""
+
+    function, packed_metadata = "function", "packed"
+
+    def __init__(self, kernel):
+        self.run = kernel.run
 
 
 class Descriptor:
@@ -236,10 +245,9 @@ def test_a_result_must_be_memory_of_its_own(kernel, calls, kind):
 def test_tensors_in_tuples_are_refused(kernel, calls):
     def compute():
         out = torch.empty(4)
-        with_pair = SimpleNamespace(run=kernel.run, function="function", packed_metadata="packed")
         recorder = active_recorder()
         if recorder is not None:
-            recorder.add_launch(with_pair, 1, [(source, out)])
+            recorder.add_launch(Compiled(kernel), 1, [(source, out)])
         return (out,)
 
     for seed in range(2):
@@ -250,11 +258,48 @@ def test_tensors_in_tuples_are_refused(kernel, calls):
 
 def test_a_call_that_needs_much_memory_is_not_played(kernel, calls, monkeypatch):
     monkeypatch.setattr(call_recorder, "LARGEST_WORKSPACE", 1024)
-    for size, expected in ((64, "recorded"), (512, "temporary tensors take 2048 bytes")):
+    much = "temporary tensors take too much memory"
+    for size, expected in ((64, "recorded"), (512, much)):
         for seed in range(2):
             source = operand(seed, size)
             calls.answer(size, (source,), twice_thrice(kernel, source, []))
         assert calls.states()[-1] == expected
+
+
+def test_memory_is_not_held_where_a_recording_is_refused(kernel, monkeypatch):
+    monkeypatch.setattr(call_recorder, "LARGEST_WORKSPACE", 1024)
+    source, held = operand(0, 64), []
+    with Recorder((source,)) as recorder:
+        for _ in range(20):
+            between = torch.empty_like(source)
+            launch_kernel(kernel, 1, source, between, 1.0, SIZE=64)
+            held.append(weakref.ref(between))
+            del between
+        alive = sum(reference() is not None for reference in held)
+    assert recorder.obstacle == "temporary tensors take too much memory"
+    assert alive == 0
+
+
+def test_what_a_kernel_has_loaded_outlives_its_caches(kernel, calls):
+    loaded = []
+
+    def compute():
+        out = torch.empty(4)
+        compiled = Compiled(kernel)
+        loaded.append(weakref.ref(compiled))
+        recorder = active_recorder()
+        if recorder is not None:
+            recorder.add_launch(compiled, 1, [source, out, 1.0, 4])
+        return (out,)
+
+    for seed in range(2):
+        source = operand(seed)
+        calls.answer("key", (source,), compute)
+    gc.collect()
+    assert [reference() is not None for reference in loaded] == [False, True]
+    source = operand(2)
+    (out,) = calls.answer("key", (source,), compute)
+    torch.testing.assert_close(out, source)
 
 
 def test_effects_on_the_host_are_repeated(kernel, calls):

@@ -8,11 +8,14 @@ import threading
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
 from seer_compile.config import GateConfig
 from seer_compile.gate import AttnGate
 from seer_compile.kernels import counters, engines, gated_attention
 from seer_compile.kernels.gated_attention import MODE_SPARSE
 from seer_compile.kernels.recorded_calls import recorded_calls
+from seer_compile.kernels.triton import launching
 from seer_compile.types import Visibility
 from support.assertions import assert_bitwise_equal
 from support.inputs import attention_inputs
@@ -318,7 +321,31 @@ def test_long_calls_are_left_alone(records):
     ]
     for _ in range(3):
         site.check(operands)
-    assert records.states()[0].startswith("temporary tensors take")
+    assert records.states() == ["temporary tensors take too much memory"]
+
+
+def test_a_triton_whose_launcher_is_unknown_launches_itself(records, monkeypatch):
+    monkeypatch.setattr(launching, "_is_known", lambda: False)
+    site = Site()
+    for seed in range(3):
+        site.check(site.inputs(seed))
+    assert records.states() == []
+
+
+def test_watching_a_long_call_does_not_hold_its_memory(records):
+    site = Site(heads=32, kv_heads=8)
+    operands = [
+        torch.randn(1, heads, 131_072, 128, dtype=torch.bfloat16, device=CUDA)
+        for heads in (32, 8, 8)
+    ]
+    peaks = []
+    for _ in range(3):
+        torch.cuda.reset_peak_memory_stats()
+        site.call(operands)
+        torch.cuda.synchronize()
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert records.states() == ["temporary tensors take too much memory"]
+    assert max(peaks) < peaks[0] + (256 << 20)
 
 
 def test_a_profiler_of_launches_sees_them(records):
