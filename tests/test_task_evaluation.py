@@ -6,6 +6,7 @@ from torch import nn
 
 import seer_compile
 from seer_compile.errors import ModelStateError, RangeError, SeerInputError
+from seer_compile.kernels.counters import active_meters
 from seer_compile.task_evaluation import TaskEvaluator
 
 TOKENS, WIDTH, HEADS = 256, 32, 2
@@ -92,7 +93,13 @@ def test_gates_answer_sparsely_whatever_the_size():
     assert 0.2 < row.density < 0.6
     assert row.dense_end_to_end_ms > 0
     assert row.dense_calls  # at 256 tokens dense attention is faster, and answers in use
+    metered = []
+    runner = evaluator._runner
+    forward = runner._forward
+    runner._forward = lambda call: metered.append(bool(active_meters())) or forward(call)
     full = evaluator.run("gate", 1.0, model.seer_gates)
+    # Blocks of both examples are counted, and what is timed is not slowed down by that.
+    assert metered[-5:] == [True, True, False, False, False]
     assert full.score == pytest.approx(evaluator.run("dense").score, abs=1e-4)
 
 
