@@ -11,6 +11,8 @@ compared with float64 on some rows before it is timed.
 Triton's cache.
 """
 
+# ruff: noqa: E402
+
 from __future__ import annotations
 
 import argparse

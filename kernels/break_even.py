@@ -41,10 +41,11 @@ TABLE: dict[tuple[str, int], BreakEven] = {
 where a model keeps its GPU busy or replays a graph, smaller calls would gain as well.
 
 ``cpu``: AMD EPYC with AVX-512, one thread, float32: 4/2 heads of D64 take 49.5 ms at 2,048 tokens
-and 48.8 densely, 76 and 100 at 3,072. ``cuda-90``: one H200 with torch 2.11.0+cu130, where a call
-takes the host .9 to 1.8 ms: 32/8 heads of D128 take 1.43 ms at 12,288 tokens and 2.05 densely, .29
-and .91 at 8,192 on the device alone. ``cuda`` stands in for GPUs without entries of their own: 32
-heads of D128 at 4,096 tokens, from where an H200 itself takes less time for the sparse path.
+and 48.8 densely, 76 and 100 at 3,072. ``cuda-90``: one H200 with torch 2.11.0+cu130, where a caller
+waits .2 to .3 ms for the smallest gated call and .07 for the smallest dense one: 32/8 heads of D128
+take .37 ms at 4,096 tokens and .35 densely, .39 and .95 at 8,192 (.29 and .91 on the device alone).
+``cuda`` stands in for GPUs without entries of their own: 32 heads of D128 at 4,096 tokens, from
+where an H200 itself takes less time for the sparse path.
 """
 
 
