@@ -43,7 +43,7 @@ import kernels_speed
 import torch
 from kernels_cases import BF16, FP16, Draw, attention_inputs
 from kernels_checks import _check_bits, _check_lse, _poison_unread
-from kernels_speed import Bench, check_forward, machine, peers, timed
+from kernels_speed import Bench, machine, peers, timed
 
 from seer_compile.kernels import reference
 from seer_compile.kernels.triton import attention_forward, hopper_attention, tuning
@@ -212,7 +212,7 @@ def measure(job: Job, benches: dict[str, Bench]) -> Job:
     out, lse = run()
     if kernels_speed.DEVICE == "cuda":
         if not job["rules"]:
-            check_forward(bench, out, indices, counts, *blocks)
+            bench.check(out, (indices, counts), blocks)
         other, other_lse = attention_forward.launch(*tensors, **rules)
         error = float((out.float() - other.float()).norm() / other.float().norm())
         # Two roundings to bfloat16 apart, 2^-9 each at most, and of the probabilities.

@@ -81,6 +81,12 @@ class Bench:
             scores, only(budget), "fraction", query_block, key_block, length, length, upper=0
         )
 
+    def check(self, out: Tensor, selection: tuple[Tensor, Tensor], blocks: tuple[int, int]) -> None:
+        """Compare some rows with float64 attention to the selected blocks."""
+        if self.is_real:
+            tensors = (self.query, self.key, self.value)
+            check_call(out, *tensors, selection, self.scale, blocks, Visibility(upper=0))
+
 
 def timed(function: Callable[[], Any], work: float = 0.0) -> Row:
     """Return milliseconds (median, 20th and 80th percentile) and TFLOP/s."""
@@ -104,10 +110,7 @@ def checked(
     heads, dim = bench.query.shape[1], bench.query.shape[3]
     _, counts = selection
     try:
-        out = run()[0]
-        if bench.is_real:
-            tensors = (bench.query, bench.key, bench.value)
-            check_call(out, *tensors, selection, bench.scale, blocks, Visibility(upper=0))
+        bench.check(run()[0], selection, blocks)
         kept = float(counts.double().sum()) * heads / counts.shape[1]
         return timed(run, 4 * dim * blocks[0] * blocks[1] * kept)
     except Exception as error:

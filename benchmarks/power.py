@@ -25,7 +25,7 @@ from pathlib import Path
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parents[1])]
 
 import torch
-from kernels_speed import Bench, check_forward
+from kernels_speed import Bench
 from measuring import (
     BACKENDS,
     Call,
@@ -124,7 +124,7 @@ def cases(dims: tuple[int, ...]) -> Iterator[tuple[Row, Call, float]]:
         def sparse(arguments: tuple = arguments) -> torch.Tensor:
             return engines.forward(*arguments)[0]
 
-        check_forward(bench, sparse(), indices, counts, 64, 64)
+        bench.check(sparse(), (indices, counts), (64, 64))
         kept = float(counts.double().sum()) * heads / counts.shape[1]
         row = {"what": "block-sparse, one selection per group", "dim": dim, "density": DENSITY}
         yield row, sparse, 4 * dim * 64 * 64 * kept
