@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from seer_compile.kernels import by_device, gated_attention
-from seer_compile.kernels.recorded_calls import recorded_calls
+from seer_compile.kernels.recorded_calls import playing
 
 ROOT = Path(__file__).resolve().parents[1]
 Row = dict[str, Any]
@@ -229,7 +229,7 @@ def _site_parts(call: Call, device: str) -> dict[str, float]:
     spans: dict[str, list[tuple[Any, Any]]] = {name: [] for name in _PARTS}
     with contextlib.ExitStack() as patches:
         # A call that is played has no parts.
-        patches.enter_context(recorded_calls(enabled=False))
+        patches.enter_context(playing(enabled=False))
         for name, (module, function) in _PARTS.items():
             timed = _timed(getattr(module, function), spans[name], device)
             patches.enter_context(mock.patch.object(module, function, timed))

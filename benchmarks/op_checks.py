@@ -11,7 +11,7 @@ from torch import Tensor
 from seer_compile.kernels import by_device, gated_attention
 from seer_compile.kernels.gate_arguments import GateArguments
 from seer_compile.kernels.gated_attention import MODE_SPARSE
-from seer_compile.kernels.recorded_calls import recorded_calls
+from seer_compile.kernels.recorded_calls import playing
 from seer_compile.types import Visibility
 
 LIMIT = 1e-2
@@ -30,7 +30,7 @@ def check_rows(operator: Any) -> None:
         return result
 
     patched = mock.patch.object(by_device, "block_sparse_attention", kept)
-    with patched, recorded_calls(enabled=False):
+    with patched, playing(enabled=False):
         out, _ = gated_attention.forward(*tensors, arguments, operator.visibility)
     if not calls:
         raise SystemExit("the operator made no sparse attention call")

@@ -7,6 +7,7 @@ import math
 import struct
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -25,7 +26,9 @@ class BudgetColumns(NamedTuple):
 
     def value(self) -> Tensor:
         """Return ``Float[s]``."""
-        return self.before + self.share * (self.after - self.before)
+        between = self.before + self.share * (self.after - self.before)
+        # Infinite budgets have no difference.
+        return torch.where(self.before == self.after, self.after, between)
 
 
 def columns_at(budget: Tensor, lengths: list[int], k_len: int) -> BudgetColumns:

@@ -74,12 +74,24 @@ class Recorder(TorchDispatchMode):
         """Why the call cannot be played; None as long as it can."""
         self._operands = tuple(operands)
         self._device = operands[0].device
-        # Kept until the end, so that no two of them have one address; results, which are no larger
-        # than what the call is given, among them.
+        # Kept until the end, so that no two of them have one address.
         self._allocated: list[Tensor] = []
-        self._room = LARGEST_WORKSPACE + sum(x.untyped_storage().nbytes() for x in operands)
+        # Results are about as large as what the call is given.
+        self._room = LARGEST_WORKSPACE + sum(x.numel() * x.element_size() for x in operands)
         self._watched: list[tuple[Any, int, list[Any]]] = []
         self._effects: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
+        if any(operand.device != self._device for operand in operands):
+            self.refuse("an operand is on another device")
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """Tell PyTorch that this changes nothing that a compiler would have to know of."""
+        return True
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Tell Dynamo that functions may be compiled meanwhile."""
+        return True
 
     def __enter__(self) -> Recorder:
         from seer_compile.kernels.triton.launching import observed_launches
@@ -103,12 +115,13 @@ class Recorder(TorchDispatchMode):
             self.refuse(f"{func} runs")
         return result
 
-    def refuse(self, reason: str) -> None:
-        """Give up, but let the call end."""
+    def refuse(self, reason: str) -> str:
+        """Give up, but let the call end; return the first reason for it."""
         self.obstacle = self.obstacle or reason
         # The call may need this memory.
         self._allocated.clear()
         self._watched.clear()
+        return self.obstacle
 
     def add_launch(self, compiled: Any, programs: int, arguments: list[Any]) -> None:
         """Note a launch.
@@ -133,23 +146,20 @@ class Recorder(TorchDispatchMode):
         if self._room < 0:
             self.refuse("temporary tensors take too much memory")
 
-    def finish(self, results: Sequence[Tensor]) -> RecordedCall | None:
-        """Return the recording of a call with these results; None where it was refused."""
+    def finish(self, results: Sequence[Tensor]) -> RecordedCall | str:
+        """Return the recording of a call with these results, or why there is none."""
         if self.obstacle is not None:
-            return None
+            return self.obstacle
         allocated = [tensor.untyped_storage().data_ptr() for tensor in self._allocated]
         owners = [_owner(result, allocated) for result in results]
         if None in owners or len(set(owners)) < len(owners):
-            self.refuse("a result is no memory of its own")
+            return self.refuse("a result is no memory of its own")
         places, workspace = self._lay_out(owners)
         if workspace > LARGEST_WORKSPACE:
-            self.refuse("temporary tensors take too much memory")
-        launches = [
-            self._launch(compiled, programs, arguments, places)
-            for compiled, programs, arguments in self._watched
-        ]
+            return self.refuse("temporary tensors take too much memory")
+        launches = [self._launch(*watched, places) for watched in tuple(self._watched)]
         if self.obstacle is not None:
-            return None
+            return self.obstacle
         return RecordedCall(
             launches=tuple(launches),
             results=tuple(
@@ -184,8 +194,8 @@ class Recorder(TorchDispatchMode):
                 place = self._place(argument.base, places)
                 descriptors.append((index, with_base(argument, None), place))
                 constants[index] = None
-            elif isinstance(argument, tuple) and not all(isinstance(x, int) for x in argument):
-                self.refuse(f"an argument is {argument}")
+            elif not _is_constant(argument):
+                self.refuse(f"an argument is a {type(argument).__name__}")
         return Launch(
             compiled=compiled,
             programs=programs,
@@ -216,6 +226,12 @@ class Recorder(TorchDispatchMode):
             self.refuse("a tensor belongs to no operand, or to several")
             return Place(0, 0)
         return Place(owners[0], tensor.data_ptr() - self._operands[owners[0]].data_ptr())
+
+
+def _is_constant(argument: Any) -> bool:
+    if isinstance(argument, tuple):
+        return all(isinstance(part, int) for part in argument)
+    return argument is None or isinstance(argument, (int, float, str))
 
 
 def _is_descriptor(argument: Any) -> bool:

@@ -77,9 +77,8 @@ def answers() -> dict[str, int]:
 
 
 def chosen() -> str:
-    """Return the engine that calls of this thread go to, where it takes them."""
-    engine = _chosen.get()
-    return AUTO_ENGINE if engine == "auto" else engine
+    """Return the name that calls of this thread ask for."""
+    return _chosen.get()
 
 
 def reset() -> None:

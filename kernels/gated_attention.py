@@ -46,7 +46,7 @@ _SLAB_BYTES = 256 << 20
 
 def _may_be_played(query: Tensor) -> bool:
     """Whether calls are launches alone now: nobody counts blocks or watches launches."""
-    if not (query.is_cuda and recorded_calls.is_on()) or counters.active_meters():
+    if not (query.is_cuda and recorded_calls.may_play()) or counters.active_meters():
         return False
     if torch.are_deterministic_algorithms_enabled():
         # PyTorch fills what it allocates then, by a launch of its own.

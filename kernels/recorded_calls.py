@@ -6,7 +6,7 @@ their own tensors. On a slow host that takes a fifth of the time.
 
 A recording must not miss anything. What does more than launch kernels (a copy by PyTorch, a number
 read from a device, a tensor that a module keeps) is refused by :mod:`.call_recorder`, and calls of
-that key go on as they were.
+that key go on as they were, also those that would not have been refused.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from seer_compile.kernels.call_recorder import Recorder
 from seer_compile.kernels.played_calls import RecordedCall
 
 _logger = logging.getLogger(__name__)
+
+
+_SEEN_ONCE = "seen once"
+_watching = threading.Lock()
+"""One call at a time is watched: PyTorch's dispatch modes share flags between threads."""
 
 
 @dataclass
@@ -53,16 +58,28 @@ class CallRecords:
             return known.play(operands)
         if known is None:
             # A call that never comes again is not worth a recording.
-            self._keep(key, "seen once")
+            self._keep(key, _SEEN_ONCE)
+        if known is not _SEEN_ONCE or not _watching.acquire(blocking=False):
             return compute()
-        if known != "seen once":
-            return compute()
+        try:
+            return self._watch(key, operands, compute)
+        finally:
+            _watching.release()
+
+    def _watch(
+        self,
+        key: Hashable,
+        operands: Sequence[Tensor],
+        compute: Callable[[], tuple[Tensor, ...]],
+    ) -> tuple[Tensor, ...]:
+        # In case it fails: what is watched needs more memory, and must not be tried for ever.
+        self._keep(key, "the call failed while it was watched")
         with Recorder(operands) as recorder:
             results = compute()
         call = recorder.finish(results)
-        if call is None:
-            _logger.debug("Calls are not recorded: %s", recorder.obstacle)
-        self._keep(key, recorder.obstacle or "" if call is None else call)
+        if isinstance(call, str):
+            _logger.debug("Calls are not recorded: %s", call)
+        self._keep(key, call)
         return results
 
     def states(self) -> list[str]:
@@ -83,25 +100,25 @@ class CallRecords:
             self._calls[key] = call
 
 
-_is_on: ContextVar[bool] = ContextVar("seer_compile_recorded_calls", default=True)
+_may_play: ContextVar[bool] = ContextVar("seer_compile_may_play", default=True)
 
 
-def is_on() -> bool:
-    """Whether calls may be played."""
-    return _is_on.get()
+def may_play() -> bool:
+    """Whether calls may be recorded and played, for all that was asked for."""
+    return _may_play.get()
 
 
 @contextlib.contextmanager
-def recorded_calls(*, enabled: bool) -> Iterator[None]:
-    """Choose whether calls that are made in the block may be recorded and played; they may.
+def playing(*, enabled: bool) -> Iterator[None]:
+    """Choose whether calls that are made in the block may be recorded and played.
 
-    For comparisons: results are the same bits either way.
+    For comparisons: by default they may, and results are the same bits either way.
     """
-    token = _is_on.set(enabled)
+    token = _may_play.set(enabled)
     try:
         yield
     finally:
-        _is_on.reset(token)
+        _may_play.reset(token)
 
 
 def looks(*tensors: Tensor | None) -> Hashable:

@@ -177,8 +177,16 @@ def test_every_launch_goes_through_one_function():
         if module.endswith(".launching"):
             continue
         for node in ast.walk(TREES[module]):
-            is_launch = isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript)
-            assert not is_launch, f"{module}:{node.lineno} {ast.unparse(node.func)}"
+            where = f"{module}:{getattr(node, 'lineno', 0)} {ast.unparse(node)[:80]}"
+            if isinstance(node, ast.Call):
+                # A kernel with its grid, called.
+                assert not isinstance(node.func, ast.Subscript), where
+            if isinstance(node, ast.Attribute):
+                assert node.attr not in {"run", "warmup", "preload"}, where
+            if isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript):
+                # started = kernel[grid], to be called later: a grid is a tuple with a comma.
+                grid = node.value.slice
+                assert not (isinstance(grid, ast.Tuple) and len(grid.elts) == 1), where
 
 
 def test_triton_kernels_import_core_and_siblings_only():

@@ -55,7 +55,9 @@ def can_be_repeated() -> bool:
     if not _is_known():
         return False
     runtime = triton.knobs.runtime
-    return not (runtime.launch_enter_hook.calls or runtime.launch_exit_hook.calls)
+    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
+    # A chain of them, or what somebody put in its place.
+    return not any(getattr(hook, "calls", hook) for hook in hooks)
 
 
 @functools.cache

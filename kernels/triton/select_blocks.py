@@ -253,7 +253,8 @@ def _select_blocks(
         usable_ptr += batch * num_blocks
     before = tl.load(before_ptr + selection * budget_stride)
     after = tl.load(after_ptr + selection * budget_stride)
-    given = before + share * (after - before)
+    # Infinite budgets have no difference.
+    given = tl.where(before == after, after, before + share * (after - before))
     if WIDTH >= 128 and end - base <= WIDTH // 4:
         count = _select_row(
             row_ptr, usable_ptr, indices_ptr, given, base, begin, end, first_query, last_query,

@@ -219,6 +219,12 @@ def test_budget_is_linear_in_the_logarithm_of_the_length(k_len, expected):
     torch.testing.assert_close(got, torch.tensor([expected, expected]))
 
 
+@pytest.mark.parametrize("k_len", [1, 128, 300, 512, 4096])
+def test_infinite_budgets_stay_infinite(k_len):
+    table = torch.full((2, 3), torch.inf, dtype=torch.float64)
+    assert torch.equal(budgets.budget_at(table, LENGTHS, k_len), table[:, 0])
+
+
 def test_budget_of_one_length_holds_everywhere():
     table = torch.tensor([[0.3]])
     assert budgets.budget_at(table, [128], 5000).item() == table.item()

@@ -120,6 +120,8 @@ def test_slabs_on_cuda_give_what_the_whole_gives(monkeypatch):
         heads=8, kv_heads=2, q_len=1024, head_dim=64, dtype=torch.bfloat16, device=CUDA
     )
     arguments = gate_of(inputs, selector="fraction")
+    # A recorded call would not look at the number of slabs again.
+    gated_attention.RECORDS.clear()
     operator = torch.ops.seer_compile.gated_attention.v1
     whole, _ = operator(*inputs[:3], *arguments, 0)
     monkeypatch.setattr(gated_attention, "_SLAB_BYTES", 1 << 14)

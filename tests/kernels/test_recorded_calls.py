@@ -242,18 +242,26 @@ def test_a_result_must_be_memory_of_its_own(kernel, calls, kind):
     assert calls.states() == ["a result is no memory of its own"]
 
 
-def test_tensors_in_tuples_are_refused(kernel, calls):
+@pytest.mark.parametrize("wrap", [lambda x: (x, 1), lambda x: [x], lambda x: {"x": x}])
+def test_tensors_inside_of_arguments_are_refused(kernel, calls, wrap):
     def compute():
         out = torch.empty(4)
         recorder = active_recorder()
         if recorder is not None:
-            recorder.add_launch(Compiled(kernel), 1, [(source, out)])
+            recorder.add_launch(Compiled(kernel), 1, [wrap(source), out])
         return (out,)
 
-    for seed in range(2):
-        source = operand(seed)
+    source = operand(0)
+    for _ in range(2):
         calls.answer("key", (source,), compute)
-    assert calls.states()[0].startswith("an argument is (tensor(")
+    assert calls.states() == [f"an argument is a {type(wrap(kernel)).__name__}"]
+
+
+def test_operands_of_two_devices_are_refused(kernel, calls):
+    source, offset = operand(0), torch.zeros((), device="meta")
+    for _ in range(3):
+        calls.answer("key", (source, offset), twice_thrice(kernel, source, []))
+    assert calls.states() == ["an operand is on another device"]
 
 
 def test_a_call_that_needs_much_memory_is_not_played(kernel, calls, monkeypatch):
@@ -327,7 +335,10 @@ def test_an_error_leaves_no_recording_and_no_recorder(calls):
         with pytest.raises(ValueError, match="no"):
             calls.answer("key", (source,), fail)
     assert active_recorder() is None
-    assert calls.states() == ["seen once"]
+    # Watching takes memory: what fails for that must not be watched, and fail, for ever.
+    assert calls.states() == ["the call failed while it was watched"]
+    (out,) = calls.answer("key", (source,), lambda: (source,))
+    assert out is source
 
 
 def test_all_is_forgotten_at_the_limit(kernel):
@@ -359,6 +370,35 @@ def test_threads_play_one_recording_side_by_side(kernel, calls):
     for thread in threads:
         thread.join()
     assert not wrong
+
+
+def test_one_thread_at_a_time_is_watched(kernel, calls):
+    entered, leave = threading.Event(), threading.Event()
+    watched = []
+
+    def slowly():
+        watched.append(active_recorder())
+        entered.set()
+        assert leave.wait(10)
+        return twice_thrice(kernel, first, [])()
+
+    first, second = operand(0), operand(1)
+    for key in ("a", "b"):
+        calls.answer(key, (first,), twice_thrice(kernel, first, []))
+    thread = threading.Thread(target=lambda: calls.answer("a", (first,), slowly))
+    thread.start()
+    assert entered.wait(10)
+    calls.answer("b", (second,), lambda: watched.append(active_recorder()) or (second,))
+    leave.set()
+    thread.join()
+    assert [recorder is None for recorder in watched] == [False, True]
+    assert calls.states() == ["recorded", "seen once"]
+
+
+def test_compilers_do_not_stop_while_a_call_is_watched(kernel):
+    source = operand(0)
+    with Recorder((source,)):
+        assert not torch.utils._python_dispatch.is_in_torch_dispatch_mode(include_infra_modes=False)
 
 
 def test_another_thread_is_not_watched(kernel):

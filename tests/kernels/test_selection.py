@@ -190,6 +190,20 @@ def test_selection_is_the_same_however_rows_are_streamed(monkeypatch):
         assert torch.equal(whole.indices, streamed.indices)
 
 
+@pytest.mark.parametrize("selector", ["top_k", "fraction", "top_p"])
+def test_an_infinite_budget_keeps_every_block(selector):
+    kept = ops.select_blocks(
+        torch.rand(1, 2, 8, 8, generator=torch.Generator().manual_seed(0)),
+        budget=torch.full((2,), torch.inf),
+        selector=selector,
+        block_size=BlockSize(query=16, key=16),
+        q_len=128,
+        k_len=128,
+        visibility=Visibility(upper=0),
+    )
+    assert kept.counts.tolist() == [2 * [list(range(1, 9))]]
+
+
 @pytest.mark.parametrize("lengths", [(0, 64), (64, 0), (0, 0)])
 def test_nothing_to_select_is_an_empty_selection(lengths):
     blocks = BlockSize(query=16, key=16)
