@@ -76,8 +76,9 @@ class Recorder(TorchDispatchMode):
         self._device = operands[0].device
         # Kept until the end, so that no two of them have one address.
         self._allocated: list[Tensor] = []
-        # Results are about as large as what the call is given.
-        self._room = LARGEST_WORKSPACE + sum(x.numel() * x.element_size() for x in operands)
+        # An answer is as large as its queries, and a log-sum-exp a sixteenth of them at most.
+        first = operands[0].numel() * operands[0].element_size()
+        self._room = LARGEST_WORKSPACE + first + first // 16
         self._watched: list[tuple[Any, int, list[Any]]] = []
         self._effects: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         if any(operand.device != self._device for operand in operands):

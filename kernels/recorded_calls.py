@@ -50,7 +50,8 @@ class CallRecords:
 
         Args:
             key: All that decides which launches a call makes, addresses modulo 16 among it.
-            operands: Every tensor that the call reads; the first one says the device.
+            operands: Every tensor that the call reads, queries first: they say where results are,
+                and how large.
             compute: The call.
         """
         known = self._calls.get(key)
