@@ -77,8 +77,8 @@ class Recorder(TorchDispatchMode):
         # Kept until the end, so that no two of them have one address.
         self._allocated: list[Tensor] = []
         # An answer is as large as its queries, and a log-sum-exp a sixteenth of them at most.
-        first = operands[0].numel() * operands[0].element_size()
-        self._room = LARGEST_WORKSPACE + first + first // 16
+        self._answer = operands[0].numel() * operands[0].element_size()
+        self._room = LARGEST_WORKSPACE + self._answer // 16
         self._watched: list[tuple[Any, int, list[Any]]] = []
         self._effects: list[tuple[Callable[..., None], tuple[Any, ...]]] = []
         if any(operand.device != self._device for operand in operands):
@@ -143,7 +143,8 @@ class Recorder(TorchDispatchMode):
         if self.obstacle is not None:
             return
         self._allocated.append(tensor)
-        self._room -= tensor.untyped_storage().nbytes()
+        size = tensor.untyped_storage().nbytes()
+        self._room -= 0 if size == self._answer else size
         if self._room < 0:
             self.refuse("temporary tensors take too much memory")
 
