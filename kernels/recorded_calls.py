@@ -49,11 +49,12 @@ class CallRecords:
         """Return the results of a call: played, or computed.
 
         Args:
-            key: All that decides which launches a call makes, addresses modulo 16 among it.
+            key: All that decides which launches a call makes, but for what the operands look like.
             operands: Every tensor that the call reads, queries first: they say where results are,
                 and how large.
             compute: The call.
         """
+        key = (key, looks(*operands))
         known = self._calls.get(key)
         if isinstance(known, RecordedCall):
             return known.play(operands)
@@ -122,12 +123,7 @@ def playing(*, enabled: bool) -> Iterator[None]:
         _may_play.reset(token)
 
 
-def looks(*tensors: Tensor | None) -> Hashable:
+def looks(*tensors: Tensor) -> Hashable:
     """Return what of tensors decides which kernels are launched for them."""
     # A list, as every call pays for it: a generator takes twice as long.
-    return tuple(
-        [
-            None if x is None else (x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16)
-            for x in tensors
-        ]
-    )
+    return tuple([(x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16) for x in tensors])

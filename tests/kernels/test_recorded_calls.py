@@ -119,6 +119,16 @@ def test_keys_have_recordings_of_their_own(kernel, calls):
     assert calls.states() == ["recorded", "recorded"]
 
 
+def test_operands_that_look_otherwise_have_recordings_of_their_own(kernel, calls):
+    for seed in range(4):
+        for begin in (0, 1, 4):
+            # 4 bytes off, and 16: the kernel of an aligned address is another one.
+            source = operand(seed, 12)[begin : begin + 4]
+            _, out = calls.answer("key", (source,), twice_thrice(kernel, source, []))
+            torch.testing.assert_close(out, 6 * source)
+    assert calls.states() == ["recorded", "recorded"]
+
+
 def test_results_are_laid_out_as_they_were(kernel, calls):
     def compute():
         out = torch.empty(2, 3).transpose(0, 1)
@@ -425,4 +435,4 @@ def test_looks_tell_apart_what_kernels_are_compiled_for():
     ]
     assert len({looks(variant) for variant in variants}) == len(variants)
     assert looks(tensor) == looks(torch.zeros(64)[4:36].view(4, 8))
-    assert looks(None, tensor) == (None, *looks(tensor))
+    assert looks(tensor, tensor) == (*looks(tensor), *looks(tensor))
