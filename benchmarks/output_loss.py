@@ -34,30 +34,21 @@ from measuring import Row, add_common_options, context, table, write_rows
 from torch import Tensor
 
 import seer_compile
+from seer_compile.calibration.losses import row_losses
 from seer_compile.config import GateConfig
 from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
 from seer_compile.kernels.observation import observe
 from seer_compile.model_loading import load_model, load_tokenizer
 from seer_compile.token_data import CalibrationWindows, planted_windows, read_token_file
-from seer_compile.types import SiteInputs, Visibility
+from seer_compile.types import SiteInputs
 
 LOSSES = ("none", "kl", "mse", "output")
 DENSITIES = (0.05, 0.1)
-CAUSAL = Visibility(upper=0)
 FAR_MASS = 0.15
 _ROWS = {"train": 512, "judge": 1024}
 """Query sub-blocks per step and per judged window."""
 _LEAST_MASS = 1e-6
-
-
-class Operands(NamedTuple):
-    """Of one layer in one window, batch 1."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    scale: float
 
 
 class Truth(NamedTuple):
@@ -69,7 +60,7 @@ class Truth(NamedTuple):
     """``Float32[g u r n v]``: what each key block adds to a head's output."""
 
 
-def record(options: argparse.Namespace) -> list[list[Operands]]:
+def record(options: argparse.Namespace) -> list[list[SiteInputs]]:
     """Return operands by window and layer: those to learn from, then those to judge on."""
     device = torch.device(options.device)
     model = load_model(options.model, device=device, dtype="auto")
@@ -92,10 +83,10 @@ def record(options: argparse.Namespace) -> list[list[Operands]]:
     store.set_mode(False)
     recorded = []
     for window in windows:
-        seen: list[Operands] = []
+        seen: list[SiteInputs] = []
 
-        def see(site: SiteInputs, seen: list[Operands] = seen) -> None:
-            seen.append(Operands(site.query, site.key, site.value, site.scale))
+        def see(site: SiteInputs, seen: list[SiteInputs] = seen) -> None:
+            seen.append(site)
 
         with observe(see), torch.no_grad():
             model(input_ids=window.to(device), use_cache=False)
@@ -103,9 +94,9 @@ def record(options: argparse.Namespace) -> list[list[Operands]]:
     return recorded
 
 
-def truth_of(operands: Operands, rows: Tensor, config: GateConfig) -> Truth:
+def truth_of(operands: SiteInputs, rows: Tensor, config: GateConfig) -> Truth:
     """Compute what blocks carry and add for some query sub-blocks, in float32."""
-    query, key, value = (x[0].float() for x in operands[:3])
+    query, key, value = (x[0].float() for x in (operands.query, operands.key, operands.value))
     size, block = config.query_sub_block, config.block_size.key
     tokens = (rows[:, None] * size + torch.arange(size, device=rows.device)).flatten()
     hidden = torch.arange(key.shape[1], device=rows.device) > tokens[:, None]
@@ -129,13 +120,18 @@ def loss_of(kind: str, log_mass: Tensor, truth: Truth) -> Tensor:
         changed = torch.einsum("gurn,gurnv->gurv", change, truth.parts)
         size = truth.parts.sum(3).square().sum(-1).clamp(min=_LEAST_MASS)
         return (changed.square().sum(-1) / size).mean()
-    target = truth.mass.mean(1)
-    if kind == "mse":
-        return (log_mass.exp() - target).square().sum(-1).mean()
-    return (torch.special.xlogy(target, target) - target * log_mass).sum(-1).mean()
+    return row_losses(log_mass, truth.mass.mean(1), "mse" if kind == "mse" else "kl").mean()
 
 
-def train(gate: AttnGate, windows: list[Operands], kind: str, options: argparse.Namespace) -> None:
+def predict(gate: AttnGate, operands: SiteInputs, rows: Tensor) -> Tensor:
+    """Return the log mass that a gate predicts for some query sub-blocks, ``Float32[g r n]``."""
+    visibility = operands.visibility
+    return gate.row_log_mass(operands.query, operands.key, operands.scale, visibility, rows)[0]
+
+
+def train(
+    gate: AttnGate, windows: list[SiteInputs], kind: str, options: argparse.Namespace
+) -> None:
     """Train a gate in place: AdamW, twenty steps of warm-up, a cosine down to a twentieth."""
     optimizer = torch.optim.AdamW(gate.parameters(), lr=options.rate, weight_decay=0.0)
     generator = torch.Generator().manual_seed(0)
@@ -147,7 +143,7 @@ def train(gate: AttnGate, windows: list[Operands], kind: str, options: argparse.
         rows = draw_rows("train", operands, gate.config, generator)
         with torch.no_grad():
             truth = truth_of(operands, rows, gate.config)
-        log_mass = gate.row_log_mass(*operands[:2], operands.scale, CAUSAL, rows)[0]
+        log_mass = predict(gate, operands, rows)
         loss = loss_of(kind, log_mass, truth)
         optimizer.zero_grad()
         torch.autograd.backward(loss)
@@ -156,7 +152,7 @@ def train(gate: AttnGate, windows: list[Operands], kind: str, options: argparse.
 
 
 def draw_rows(
-    purpose: str, operands: Operands, config: GateConfig, generator: torch.Generator
+    purpose: str, operands: SiteInputs, config: GateConfig, generator: torch.Generator
 ) -> Tensor:
     """Return some query sub-blocks, ascending."""
     number = operands.query.shape[2] // config.query_sub_block
@@ -165,7 +161,7 @@ def draw_rows(
 
 
 @torch.no_grad()
-def judge(gate: AttnGate, windows: list[Operands]) -> Row:
+def judge(gate: AttnGate, windows: list[SiteInputs]) -> Row:
     """Return what rows keep of the far blocks that matter, and what that costs the output."""
     generator = torch.Generator().manual_seed(1)
     nats, far_blocks = 0.0, 0
@@ -174,7 +170,7 @@ def judge(gate: AttnGate, windows: list[Operands]) -> Row:
     for operands in windows:
         rows = draw_rows("judge", operands, gate.config, generator)
         truth = truth_of(operands, rows, gate.config)
-        log_mass = gate.row_log_mass(*operands[:2], operands.scale, CAUSAL, rows)[0]
+        log_mass = predict(gate, operands, rows)
         nats += float(loss_of("kl", log_mass, truth)) / len(windows)
         own = (rows * gate.config.query_sub_block // gate.config.block_size.query)[:, None]
         blocks = torch.arange(log_mass.shape[-1], device=rows.device)
@@ -202,17 +198,16 @@ def measure(options: argparse.Namespace) -> Iterator[Row]:
     for place, layer in enumerate(options.layers):
         windows = [window[place] for window in recorded]
         learnt, judged = windows[: options.windows], windows[options.windows :]
-        heads, kv_heads = (windows[0][part].shape[1] for part in (0, 1))
-        dim, device = windows[0].query.shape[3], windows[0].query.device
+        first = windows[0]
         for kind in LOSSES:
             begun = time.perf_counter()
             gate = AttnGate(
-                heads,
-                kv_heads,
-                dim,
+                first.query.shape[1],
+                first.key.shape[1],
+                first.query.shape[3],
                 config=GateConfig(),
-                scale=windows[0].scale,
-                device=device,
+                scale=first.scale,
+                device=first.query.device,
             )
             if kind != "none":
                 train(gate, learnt, kind, options)
