@@ -172,7 +172,7 @@ class MethodRunner(Generic[Item, Score]):
         with counters.collect_density() as meter:
             scores = [self._timed(item, self._forward).score for item in items]
         # Counting blocks takes time that nobody spends who only answers.
-        times = [self._timed(item, self._forward).end_to_end_ms for item in items[:_TIMED]]
+        end_to_end_ms = self._forward_ms(items)
         clock = SiteClock(self.device)
         attention_ms = self._time_sites(items[0], GateTimer(store=store, clock=clock), clock)
         store.set_mode(True)
@@ -182,7 +182,7 @@ class MethodRunner(Generic[Item, Score]):
             scores=tuple(scores),
             density=_density(meter),
             attention_ms=attention_ms,
-            end_to_end_ms=statistics.median(times),
+            end_to_end_ms=end_to_end_ms,
             dense_end_to_end_ms=self._dense_graph_ms[method.name, key],
             dense_calls=_dense_calls(before, counters.snapshot()),
         )
@@ -191,8 +191,13 @@ class MethodRunner(Generic[Item, Score]):
         """Time the optimized model with gates that answer densely."""
         store.set_mode(False)
         self._warm_up(key, items, self._forward)
-        times = [self._timed(item, self._forward).end_to_end_ms for item in items[:_TIMED]]
-        return statistics.median(times)
+        return self._forward_ms(items)
+
+    @torch.no_grad()
+    def _forward_ms(self, items: Sequence[Item]) -> float:
+        """Return the median time of some forwards whose output nobody scores."""
+        calls = [self._call(item) for item in items[:_TIMED]]
+        return statistics.median(self._clocked(call, self._forward)[1] for call in calls)
 
     def _warm_up(
         self, kind: Hashable, items: Sequence[Item], forward: Callable[[Call], Any]
@@ -222,17 +227,20 @@ class MethodRunner(Generic[Item, Score]):
     def _timed(
         self, item: Item, forward: Callable[[Call], Any], clock: SiteClock | None = None
     ) -> Timed[Score]:
-        call = self._call(item)
-        self._synchronize()
-        begun = time.perf_counter()
-        output = forward(call)
-        self._synchronize()
-        elapsed = 1e3 * (time.perf_counter() - begun)
+        output, elapsed = self._clocked(self._call(item), forward)
         return Timed(
             score=self._score(output, item),
             end_to_end_ms=elapsed,
             attention_ms=clock.milliseconds() if clock else math.nan,
         )
+
+    def _clocked(self, call: Call, forward: Callable[[Call], Any]) -> tuple[Any, float]:
+        """Return what a forward returns, and its milliseconds, from idle to idle device."""
+        self._synchronize()
+        begun = time.perf_counter()
+        output = forward(call)
+        self._synchronize()
+        return output, 1e3 * (time.perf_counter() - begun)
 
     def _synchronize(self) -> None:
         if self.device.type == "cuda":
