@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from seer_compile.errors import RangeError, SeerInputError
-from seer_compile.kernels import budgets, counters, gated_attention, ops, reference
+from seer_compile.kernels import budgets, counters, engines, gated_attention, ops, reference
+from seer_compile.kernels.recorded_calls import CallRecords
 from seer_compile.types import SHARINGS, BlockSelection, BlockSize, Visibility
 from support.assertions import assert_bitwise_equal
 from support.inputs import attention_inputs, documents, key_padding, normal
@@ -55,6 +56,42 @@ def gate_arguments(inputs, *, mode=2, budget=0.6, sharing="none", selector="top_
 def call(inputs, arguments, visibility):
     readable = visibility.as_arguments().values()
     return torch.ops.seer_compile.gated_attention.v1(*inputs[:3], *arguments, *readable)
+
+
+def test_records_tell_calls_apart_by_all_that_decides_their_launches(monkeypatch):
+    # On a CPU nothing is a launch: calls are watched, refused, and right.
+    records = CallRecords()
+    monkeypatch.setattr(gated_attention, "RECORDS", records)
+    monkeypatch.setattr(gated_attention, "_may_be_played", lambda query: True)
+    lies_otherwise = attention_inputs(heads=4, kv_heads=2, q_len=96, seed=1, layout="tokens_first")
+    inputs = attention_inputs(heads=4, kv_heads=2, q_len=96, seed=1)
+    arguments = gate_arguments(inputs, sharing="gate")
+    masked = Visibility(upper=0, key_padding=key_padding([90], 96))
+    calls = [
+        (inputs, arguments, CAUSAL),
+        (inputs, arguments, Visibility()),
+        (inputs, arguments, masked),
+        (inputs, gate_arguments(inputs, sharing="gate", selector="fraction"), CAUSAL),
+        (inputs, (*arguments[:4], 0.3, *arguments[5:]), CAUSAL),
+        (lies_otherwise, arguments, CAUSAL),
+    ]
+    for turn in range(3):
+        for number, given in enumerate(calls, 1):
+            with monkeypatch.context() as patch:
+                patch.setattr(gated_attention, "_may_be_played", lambda query: False)
+                expected = call(*given)
+            for ours, theirs in zip(call(*given), expected, strict=True):
+                assert_bitwise_equal(ours, theirs)
+            if turn == 0:
+                assert records.states() == number * ["seen once"]
+    with engines.attention_engine("portable"):
+        call(*calls[0])
+    states = records.states()
+    assert len(states) == len(calls) + 1
+    assert all(state.startswith("aten.") for state in states[:-1])
+    # Another site, other weights and budgets: the same launches.
+    call(inputs, (*gate_arguments(inputs, sharing="gate", budget=0.2, seed=7)[:-1], "b"), CAUSAL)
+    assert records.states() == states
 
 
 def composed(inputs, arguments, visibility):
