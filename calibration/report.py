@@ -35,6 +35,8 @@ class SiteReport:
     """The same selector on the true mass map."""
     control: BudgetCurve
     """Sink and local window."""
+    sub_blocks: tuple[int, int]
+    """Tokens of queries and of keys that the gate pools together."""
     length: int
     """Key tokens at which the numbers below hold."""
     budget: float
@@ -136,14 +138,18 @@ class CalibrationReport:
     def __str__(self) -> str:
         """Return a table of the sites."""
         width = max([4, *(len(site.name) for site in self.sites)])
-        lines = [f"{'site':<{width}}  budget  density    mass  oracle  control    loss  divergence"]
+        lines = [
+            f"{'site':<{width}}  pools  budget  density    mass  oracle  control    loss  "
+            "divergence"
+        ]
         lines += [
-            f"{site.name:<{width}}  {site.budget:6.4g}  {site.density:7.3f}  "
-            f"{site.captured_mass:6.3f}  {site.oracle_mass:6.3f}  {site.control_mass:7.3f}  "
+            f"{site.name:<{width}}  {show_sub_blocks(site.sub_blocks):>5}  {site.budget:6.4g}  "
+            f"{site.density:7.3f}  {site.captured_mass:6.3f}  {site.oracle_mass:6.3f}  "
+            f"{site.control_mass:7.3f}  "
             f"{site.last_loss:6.4f}  {show_divergence(site.divergence):>10}"
             for site in self.sites
         ]
-        mean = f"{'mean':<{width}}  {'':6}  {self.density:7.3f}  {self.captured_mass:6.3f}"
+        mean = f"{'mean':<{width}}  {'':5}  {'':6}  {self.density:7.3f}  {self.captured_mass:6.3f}"
         return "\n".join([*lines, mean])
 
 
@@ -193,6 +199,7 @@ def _site_report(
         curve=table.gate,
         oracle=table.oracle,
         control=table.control,
+        sub_blocks=gate.config.sub_blocks,
         length=length,
         budget=budget,
         density=density,
@@ -206,6 +213,11 @@ def _site_report(
             None if gate.sensitivity is None else float(gate.sensitivity.at(length, [density])[0])
         ),
     )
+
+
+def show_sub_blocks(sizes: tuple[int, int]) -> str:
+    """Return sub-block sizes for a table: queries, keys."""
+    return ",".join(map(str, sizes))
 
 
 def show_divergence(divergence: float | None) -> str:

@@ -6,7 +6,12 @@ import html
 import math
 from collections.abc import Sequence
 
-from seer_compile.calibration.report import CalibrationReport, SiteReport, show_divergence
+from seer_compile.calibration.report import (
+    CalibrationReport,
+    SiteReport,
+    show_divergence,
+    show_sub_blocks,
+)
 
 _WIDTH, _HEIGHT, _MARGIN = 420, 260, 44
 _COLOURS = {"gate": "#1b6ac9", "oracle": "#2a8f4e", "sink + local": "#b4562b", "loss": "#1b6ac9"}
@@ -61,6 +66,7 @@ def _sites_table(report: CalibrationReport) -> str:
         f"<th>{name}</th>"
         for name in (
             "site",
+            "pools",
             "budget",
             "density",
             "mass",
@@ -74,6 +80,7 @@ def _sites_table(report: CalibrationReport) -> str:
     rows = []
     for site in report.sites:
         numbers = (
+            show_sub_blocks(site.sub_blocks),
             f"{site.budget:.4g}",
             f"{site.density:.3f}",
             f"{site.captured_mass:.4f}",

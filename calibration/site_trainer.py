@@ -16,6 +16,7 @@ from seer_compile.calibration.replay import UpdateReplay
 from seer_compile.calibration.schedule import learning_rate
 from seer_compile.calibration.statistics_start import fit_to_statistics
 from seer_compile.calibration.targets import far_row_weights, gate_target, sample_rows
+from seer_compile.calibration.temperature import fit_temperature
 from seer_compile.config import CalibrationConfig
 from seer_compile.errors import CalibrationDataError, NonFiniteLossError
 from seer_compile.gate import AttnGate
@@ -38,12 +39,12 @@ class GateTrainer:
         self._replay = UpdateReplay(self._train)
 
     def add(self, name: str, gate: AttnGate, inputs: SiteInputs | None = None) -> None:
-        """Start to train a gate; ``inputs`` of its site are what statistics are taken from."""
+        """Start to train a gate; ``inputs`` of its site are what its start is fitted to."""
         if self.config.start != "current":
             gate.reset()
-        if self.config.start == "statistics" and inputs is not None:
+        if inputs is not None:
             with _plain_numerics(inputs.query.device):
-                fit_to_statistics(gate, inputs, seed=f"{self.config.seed}:{name}")
+                self._fit_start(name, gate, inputs)
         gate.requires_grad_(True)
         is_cuda, rate = gate.query_weight.is_cuda, 0.0
         if is_cuda:
@@ -59,6 +60,13 @@ class GateTrainer:
             fused=is_cuda,
             capturable=is_cuda,
         )
+
+    def _fit_start(self, name: str, gate: AttnGate, inputs: SiteInputs) -> None:
+        seed = f"{self.config.seed}:{name}"
+        if self.config.start == "temperature":
+            fit_temperature(gate, inputs, seed=seed)
+        elif self.config.start == "statistics":
+            fit_to_statistics(gate, inputs, seed=seed)
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Train the site's gate on these inputs and answer densely."""

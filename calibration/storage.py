@@ -276,19 +276,28 @@ def _check_sites(store: GateStore, header: Mapping[str, Any], source: str) -> No
                 f"site {name}: heads, kv heads, head dim {sizes} in the file, "
                 f"{(gate.heads, gate.kv_heads, gate.head_dim)} in the model"
             )
-    if store.names() and header["store"]["config"] != config_to_json(store.config):
-        old, new = header["store"]["config"], config_to_json(store.config)
+    if store.names():
+        old, new = (
+            _form(data) for data in (header["store"]["config"], config_to_json(store.config))
+        )
         differences += [
             f"gate {name}: file {old.get(name)!r}, store {new[name]!r}"
             for name in new
-            if _without_budget(name, old.get(name)) != _without_budget(name, new[name])
+            if old.get(name) != new[name]
         ]
     _raise_differences(differences, source)
 
 
-def _without_budget(name: str, value: Any) -> Any:
-    # The selector's default budget is no property of the gates; its kind is.
-    return value[:1] if name == "selector" and isinstance(value, list) else value
+def _form(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what gates of two stores must agree on.
+
+    The selector's kind is a property of gates, its default budget is none, and neither is how
+    calibration chose sub-blocks.
+    """
+    form = {name: value for name, value in config.items() if name != "resolution"}
+    if isinstance(form.get("selector"), list):
+        form["selector"] = form["selector"][:1]
+    return form
 
 
 def _check_shapes(header: Mapping[str, Any], tensors: Mapping[str, Tensor], source: str) -> None:

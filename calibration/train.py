@@ -33,6 +33,7 @@ from seer_compile.calibration.request import (
     checked_curve_data,
     checked_targets,
 )
+from seer_compile.calibration.resolution import choose_resolutions
 from seer_compile.calibration.search import search_shares
 from seer_compile.calibration.sensitivity import measure_sensitivity
 from seer_compile.calibration.site_trainer import GateTrainer, no_site
@@ -110,9 +111,13 @@ def fit(
         checkpoints.check_writable(checkpoint_dir)
     with _unchanged_on_error(store):
         trainer = GateTrainer(store, config)
-        _discover(run, trainer, stream)
         session = _Session(trainer, stream, model or {}, checkpoint_dir)
-        session.resume()
+        found = session.find()
+        if found is None and config.start != "current":
+            _set_resolutions(run, store, stream, config, progress=progress)
+        _discover(run, trainer, stream)
+        if found is not None:
+            session.resume(found)
         with Interruption(enabled=checkpoint_dir is not None) as interruption:
             _train(run, session, interruption, progress=progress)
             trainer.finish()
@@ -199,12 +204,15 @@ class _Session:
         }
         self._saved = -1
 
-    def resume(self) -> None:
-        """Continue from the newest checkpoint, if there is one."""
+    def find(self) -> checkpoints.Checkpoint | None:
+        """Return the newest checkpoint, if there is one."""
         found = None if self.directory is None else checkpoints.read_latest(self.directory)
-        if found is None:
-            return
-        checkpoints.check_identity(found, self.identity)
+        if found is not None:
+            checkpoints.check_identity(found, self.identity)
+        return found
+
+    def resume(self, found: checkpoints.Checkpoint) -> None:
+        """Continue from a checkpoint."""
         trainer = self.trainer
         sites = [str(site["name"]) for site in found.state["sites"]]
         absent = set(trainer.optimizers) - set(sites)
@@ -212,7 +220,9 @@ class _Session:
             raise ResumeMismatchError(f"the checkpoint lacks the sites {sorted(absent)}")
         for site in found.state["sites"]:
             # A site that only some batches reach may not have been met yet in this process.
-            gate = trainer.store.get_or_create(**site, device=trainer.device)
+            sizes = {key: value for key, value in site.items() if key != "sub_blocks"}
+            gate = trainer.store.get_or_create(**sizes, device=trainer.device)
+            gate.config = gate.config.with_sub_blocks(*site["sub_blocks"])
             if site["name"] not in trainer.optimizers:
                 trainer.add(site["name"], gate)
             _restore(trainer, site["name"], gate, found.tensors)
@@ -284,7 +294,18 @@ def _site(name: str, gate: AttnGate) -> dict[str, Any]:
         "kv_heads": gate.kv_heads,
         "head_dim": gate.head_dim,
         "scale": gate.scale,
+        "sub_blocks": list(gate.config.sub_blocks),
     }
+
+
+def _set_resolutions(
+    run: Run, store: GateStore, stream: BatchStream, config: CalibrationConfig, *, progress: bool
+) -> None:
+    """Choose the sub-blocks of every site, or give all of them those of the store."""
+    for _, gate in store.items():
+        gate.config = store.config
+    if store.config.resolution == "by_site" and config.sensitivity_batches:
+        choose_resolutions(run, store, stream.holdout, progress=progress)
 
 
 def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
@@ -352,6 +373,7 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
             gate.sensitivity,
             gate.shares,
             gate.is_trained,
+            gate.config,
         )
         for name, gate in store.items()
     }
@@ -360,9 +382,12 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
     except BaseException:
         for name, gate in store.items():
             if name not in before:
+                gate.config = store.config
                 gate.reset()
                 continue
-            state, gate.curve, gate.sensitivity, gate.shares, gate.is_trained = before[name]
+            state, curve, sensitivity, shares, is_trained, gate_config = before[name]
+            gate.curve, gate.sensitivity, gate.shares = curve, sensitivity, shares
+            gate.is_trained, gate.config = is_trained, gate_config
             gate.load_state_dict(state)
         store.write_metadata()
         raise

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass, field
 from numbers import Real
@@ -103,6 +104,7 @@ class Threshold:
 
 
 SUB_BLOCKS = (1, 2, 4, 8, 16, 32, 64)
+RESOLUTIONS = ("by_site", "uniform")
 Selector = TopP | Fraction | TopK | Threshold
 SELECTORS: tuple[type[Selector], ...] = (TopP, Fraction, TopK, Threshold)
 
@@ -130,6 +132,10 @@ class GateConfig:
     are kept; with many more heads per group, which were not measured, compare both. ``none``: each
     selects for itself. The first two let heads share key tiles in the attention kernel."""
     selector: Selector = field(default_factory=TopP)
+    resolution: Literal["by_site", "uniform"] = "by_site"
+    """``by_site``: calibration halves both sub-blocks at the sites where that helps the model's
+    output most, and doubles them where it matters least, at no more sub-block pairs in all; see
+    :mod:`seer_compile.calibration.resolution`. ``uniform``: all sites have these sub-blocks."""
 
     def __post_init__(self) -> None:
         check_type("block_size", self.block_size, BlockSize)
@@ -151,6 +157,22 @@ class GateConfig:
             _check(block % tokens == 0, name, tokens, f"a divisor of block_size.{side}={block}")
         _check(self.sharing in SHARINGS, "sharing", self.sharing, f"one of {SHARINGS}")
         _check(self.gate_dim in (16, 32, 64, 128), "gate_dim", self.gate_dim, "16, 32, 64 or 128")
+        _check(
+            self.resolution in RESOLUTIONS, "resolution", self.resolution, f"one of {RESOLUTIONS}"
+        )
+
+    @property
+    def sub_blocks(self) -> tuple[int, int]:
+        """Tokens of queries and of keys that are pooled together."""
+        return self.query_sub_block, self.key_sub_block
+
+    def with_sub_blocks(self, query: int, key: int) -> GateConfig:
+        """Return the configuration at another resolution.
+
+        Raises:
+            RangeError: A size is unknown or does not divide the block.
+        """
+        return dataclasses.replace(self, query_sub_block=query, key_sub_block=key)
 
     @classmethod
     def paper(cls, *, density: float = 0.1) -> GateConfig:
@@ -167,10 +189,11 @@ class GateConfig:
             gate_dim=128,
             sharing="none",
             selector=Fraction(density=density),
+            resolution="uniform",
         )
 
 
-STARTS = ("identity", "statistics", "current")
+STARTS = ("temperature", "identity", "statistics", "current")
 SCHEDULES = ("cosine", "linear", "flat")
 TARGETS = ("mass", "max", "value")
 
@@ -181,9 +204,10 @@ class CalibrationConfig:
 
     steps: int = 500
     """0 trains nothing: what the gates are at first is measured."""
-    start: Literal["identity", "statistics", "current"] = "identity"
-    """Gates at the first step: ``identity`` ranks by means, ``statistics`` by a convex fit to one
-    batch, ``current`` goes on with what the gates hold."""
+    start: Literal["temperature", "identity", "statistics", "current"] = "temperature"
+    """Gates at the first step: ``identity`` ranks by means, ``temperature`` too and is as sure of
+    itself as fits one batch best, ``statistics`` ranks by a convex fit to one batch, ``current``
+    goes on with what the gates hold."""
     learning_rate: float = 2e-4
     """Peak of a linear warm-up followed by a fall to ``final_learning_rate``. Gates begin as a
     ranking by means: what they unlearn of that at higher rates is missing on other text."""

@@ -20,6 +20,7 @@ def config_to_json(config: GateConfig) -> dict[str, Any]:
         "block_size": [config.block_size.query, config.block_size.key],
         "sharing": config.sharing,
         "selector": [selector.name, selector.budget],
+        "resolution": config.resolution,
     }
 
 
@@ -40,4 +41,6 @@ def config_from_json(data: Mapping[str, Any]) -> GateConfig:
         block_size=BlockSize(query=int(query), key=int(key)),
         sharing=data["sharing"],
         selector=kinds[name](**{argument: number}),
+        # Files written before sites had resolutions of their own have no such field.
+        resolution=data.get("resolution", "uniform"),
     )

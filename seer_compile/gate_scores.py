@@ -19,7 +19,21 @@ HIDDEN_LOGIT = -1e30
 def block_log_mass(
     query_features: Tensor, key_features: Tensor, scale: float, visible: Tensor, per_block: int
 ) -> Tensor:
-    """Return the log of the softmax over key blocks of the best match among their sub-blocks.
+    """Return the log of the softmax over key blocks of :func:`block_logits`; arguments alike.
+
+    Returns:
+        ``Float32[b h R n]``, finite everywhere; see :meth:`AttnGate.row_log_mass`.
+
+    Cost:
+        Two ``Float32[b h R c]`` for the backward.
+    """
+    return block_logits(query_features, key_features, scale, visible, per_block).log_softmax(-1)
+
+
+def block_logits(
+    query_features: Tensor, key_features: Tensor, scale: float, visible: Tensor, per_block: int
+) -> Tensor:
+    """Return the logit of the best match among the sub-blocks of each key block.
 
     Args:
         query_features: ``Float32[b h R e]``.
@@ -29,10 +43,7 @@ def block_log_mass(
         per_block: Key sub-blocks per key block.
 
     Returns:
-        ``Float32[b h R n]``, finite everywhere; see :meth:`AttnGate.row_log_mass`.
-
-    Cost:
-        Two ``Float32[b h R c]`` for the backward.
+        ``Float32[b h R n]``, ``HIDDEN_LOGIT`` where no sub-block is visible.
     """
     logits = (query_features @ key_features.transpose(-1, -2)) * scale
     logits = logits.masked_fill(~visible, HIDDEN_LOGIT)
@@ -41,7 +52,7 @@ def block_log_mass(
         if short:
             logits = nn.functional.pad(logits, (0, short), value=HIDDEN_LOGIT)
         logits = logits.unflatten(-1, (-1, per_block)).amax(-1)
-    return logits.log_softmax(-1)
+    return logits
 
 
 def visible_units(

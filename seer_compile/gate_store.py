@@ -30,7 +30,9 @@ from seer_compile.kernels.gated_attention import (
 from seer_compile.latency import relative_time
 from seer_compile.real_tensors import real_tensors
 
-METADATA_VERSION = 1
+METADATA_VERSION = 2
+_READABLE_VERSIONS = (1, METADATA_VERSION)
+"""Gates of version 1 all have the sub-blocks of their store."""
 
 
 class GateStore(nn.Module):
@@ -41,7 +43,7 @@ class GateStore(nn.Module):
     base model's checkpoint) leaves the gates as they are.
 
     Args:
-        config: Shape of every gate, and the selector.
+        config: Shape of every gate, and the selector; gates may have other sub-blocks.
         seed: Of the gates' initial values.
     """
 
@@ -264,7 +266,7 @@ class GateStore(nn.Module):
             GateMismatchError: The description is of another version or incomplete.
         """
         try:
-            if description["version"] != METADATA_VERSION:
+            if description["version"] not in _READABLE_VERSIONS:
                 raise ValueError(f"metadata version {description['version']}")
             config = config_from_json(description["config"])
             seed = int(description["seed"])
@@ -283,14 +285,14 @@ class GateStore(nn.Module):
             for entry, gate in zip(entries, gates, strict=True):
                 gate.scale, gate.curve = entry.scale, entry.curve
                 gate.sensitivity, gate.shares = entry.sensitivity, entry.shares
-                gate.config, gate.is_trained = config, entry.is_trained
+                gate.config, gate.is_trained = entry.config_in(config), entry.is_trained
                 self._add(entry.name, gate)
             self.write_metadata()
 
     def _fitting(
         self, entry: GateEntry, config: GateConfig, device: torch.device | str
     ) -> AttnGate:
-        old = self.get(entry.name)
+        old, config = self.get(entry.name), entry.config_in(config)
         if old is not None and _shape(old, old.config) == (*entry.sizes, *_form(config)):
             return old
         with real_tensors():
