@@ -29,6 +29,8 @@ from seer_compile.calibration.sensitivity import DENSITIES
 from seer_compile.config import CalibrationConfig
 
 LAYERS = 32
+_RESOLUTIONS = 3
+"""Sub-block sizes that are tried at every site."""
 GIGA = 1e9
 
 
@@ -127,7 +129,8 @@ def extrapolate(parts: list[dict[str, float]], options: argparse.Namespace) -> d
         at_all_layers(parts, name) for name in ("step_s", "inference_s", "curves_s")
     )
     sensitivity = forward * (1 + LAYERS * len(DENSITIES))
-    total = step * options.steps + options.holdout * curves + sensitivity
+    resolution = forward * (1 + LAYERS * _RESOLUTIONS)
+    total = step * options.steps + options.holdout * curves + sensitivity + resolution
     inference, calibration = (
         at_all_layers(parts, name) for name in ("inference_gb", "calibration_gb")
     )
@@ -136,6 +139,7 @@ def extrapolate(parts: list[dict[str, float]], options: argparse.Namespace) -> d
         "training_minutes": step * options.steps / 60,
         "curves_minutes": options.holdout * curves / 60,
         "sensitivity_minutes": sensitivity / 60,
+        "resolution_minutes": resolution / 60,
         "minutes": total / 60,
         "inference_gb": inference,
         "calibration_gb": calibration,

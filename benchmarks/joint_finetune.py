@@ -272,7 +272,7 @@ def main(argv: list[str] | None = None) -> list[dict[str, Any]]:
     }
     begun = time.perf_counter()
     experiment, rows = Experiment(options), []
-    experiment.calibrate(options.steps, "temperature")
+    experiment.calibrate(options.steps, "identity")
 
     def report(stage: str, **more: Any) -> None:
         for figures in experiment.judge(stage):

@@ -197,7 +197,10 @@ def _measure(
     run: Run, store: GateStore, batch: object, *, hidden: bool
 ) -> dict[str, list[Resolution]]:
     sites = _Sites(store)
-    dense = DenseOutput(run(batch, sites))
+    output = run(batch, sites)
+    if not sites.lengths:
+        return {}
+    dense = DenseOutput(output)
     sizes = _candidates(store.config)
     found: dict[str, list[Resolution]] = {}
     for name in tqdm(sites.lengths, desc="Choosing resolutions", unit="site", disable=hidden):

@@ -112,12 +112,7 @@ def fit(
     with _unchanged_on_error(store):
         trainer = GateTrainer(store, config)
         session = _Session(trainer, stream, model or {}, checkpoint_dir)
-        found = session.find()
-        if found is None and config.start != "current":
-            _set_resolutions(run, store, stream, config, progress=progress)
-        _discover(run, trainer, stream)
-        if found is not None:
-            session.resume(found)
+        _begin(run, session, progress=progress)
         with Interruption(enabled=checkpoint_dir is not None) as interruption:
             _train(run, session, interruption, progress=progress)
             trainer.finish()
@@ -298,14 +293,18 @@ def _site(name: str, gate: AttnGate) -> dict[str, Any]:
     }
 
 
-def _set_resolutions(
-    run: Run, store: GateStore, stream: BatchStream, config: CalibrationConfig, *, progress: bool
-) -> None:
-    """Choose the sub-blocks of every site, or give all of them those of the store."""
-    for _, gate in store.items():
-        gate.config = store.config
-    if store.config.resolution == "by_site" and config.sensitivity_batches:
-        choose_resolutions(run, store, stream.holdout, progress=progress)
+def _begin(run: Run, session: _Session, *, progress: bool) -> None:
+    """Choose resolutions and find the sites, or go on from a checkpoint."""
+    trainer, stream, found = session.trainer, session.stream, session.find()
+    store, config = trainer.store, trainer.config
+    if found is None and config.start != "current":
+        for _, gate in store.items():
+            gate.config = store.config
+        if store.config.resolution == "by_site" and config.sensitivity_batches:
+            choose_resolutions(run, store, stream.holdout, progress=progress)
+    _discover(run, trainer, stream)
+    if found is not None:
+        session.resume(found)
 
 
 def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:

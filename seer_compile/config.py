@@ -193,7 +193,7 @@ class GateConfig:
         )
 
 
-STARTS = ("temperature", "identity", "statistics", "current")
+STARTS = ("identity", "temperature", "statistics", "current")
 SCHEDULES = ("cosine", "linear", "flat")
 TARGETS = ("mass", "max", "value")
 
@@ -204,10 +204,11 @@ class CalibrationConfig:
 
     steps: int = 500
     """0 trains nothing: what the gates are at first is measured."""
-    start: Literal["temperature", "identity", "statistics", "current"] = "temperature"
+    start: Literal["identity", "temperature", "statistics", "current"] = "identity"
     """Gates at the first step: ``identity`` ranks by means, ``temperature`` too and is as sure of
     itself as fits one batch best, ``statistics`` ranks by a convex fit to one batch, ``current``
-    goes on with what the gates hold."""
+    goes on with what the gates hold. A temperature that fits needs half the steps, and keeps many
+    more blocks than asked for of inputs longer than budgets were measured at (docs/gates.md)."""
     learning_rate: float = 2e-4
     """Peak of a linear warm-up followed by a fall to ``final_learning_rate``. Gates begin as a
     ranking by means: what they unlearn of that at higher rates is missing on other text."""

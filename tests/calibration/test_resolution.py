@@ -128,7 +128,7 @@ class TestChoice:
 
     def test_no_batch_and_no_site_choose_nothing(self):
         assert choose_resolutions(Lookups(), GateStore(GATES), []) == {}
-        assert choose_resolutions(lambda *_: torch.ones(2, 2), GateStore(GATES), data()) == {}
+        assert choose_resolutions(lambda *_: None, GateStore(GATES), data()) == {}
 
 
 def options(draws):

@@ -24,6 +24,8 @@ GATES = GateConfig(
     gate_dim=32,
     block_size=BlockSize(query=BLOCK, key=BLOCK),
     sharing="none",
+    # Two sites have no third one to pay for a finer one of them.
+    resolution="uniform",
 )
 TRAINING = CalibrationConfig(
     steps=40, warmup_steps=4, learning_rate=1e-2, holdout_batches=1, checkpoint_every=3
