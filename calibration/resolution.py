@@ -134,13 +134,12 @@ def cheapest_divergence(
             if pairs <= limit and (pairs not in further or state[:2] < further[pairs][:2]):
                 further[pairs] = state
         best = _worth_keeping(further)
-    _, _, choices = min(best.values(), key=lambda state: state[:2])
+    new, _, choices = min(best.values(), key=lambda state: state[:2])
     after: list[Resolution] = []
     while choices is not None:
         choices, option = choices
         after.insert(0, option)
-    old, new = (sum(option.divergence for option in part) for part in (before.values(), after))
-    is_better = new < (1 - LEAST_GAIN) * old
+    is_better = new < (1 - LEAST_GAIN) * sum(option.divergence for option in before.values())
     return dict(zip(found, after, strict=True)) if is_better else before
 
 

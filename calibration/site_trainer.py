@@ -30,6 +30,8 @@ class GateTrainer:
     def __init__(self, store: GateStore, config: CalibrationConfig) -> None:
         self.store, self.config = store, config
         self.step = 0
+        self.sub_blocks: dict[str, tuple[int, int]] = {}
+        """Of the sites whose gates pool other runs of tokens than the store says."""
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.starts: dict[str, dict[str, Tensor]] = {}
         """Weights of gates before their first update, where a share of them stays."""
@@ -41,6 +43,8 @@ class GateTrainer:
     def add(self, name: str, gate: AttnGate, inputs: SiteInputs | None = None) -> None:
         """Start to train a gate; ``inputs`` of its site are what its start is fitted to."""
         if self.config.start != "current":
+            usual = self.store.config
+            gate.config = usual.with_sub_blocks(*self.sub_blocks.get(name, usual.sub_blocks))
             gate.reset()
         if inputs is not None:
             with _plain_numerics(inputs.query.device):

@@ -217,9 +217,9 @@ class _Session:
             # A site that only some batches reach may not have been met yet in this process.
             sizes = {key: value for key, value in site.items() if key != "sub_blocks"}
             gate = trainer.store.get_or_create(**sizes, device=trainer.device)
-            gate.config = gate.config.with_sub_blocks(*site["sub_blocks"])
             if site["name"] not in trainer.optimizers:
                 trainer.add(site["name"], gate)
+            gate.config = gate.config.with_sub_blocks(*site["sub_blocks"])
             _restore(trainer, site["name"], gate, found.tensors)
         losses = found.tensors["losses"].tolist()
         trainer.losses = [
@@ -297,11 +297,10 @@ def _begin(run: Run, session: _Session, *, progress: bool) -> None:
     """Choose resolutions and find the sites, or go on from a checkpoint."""
     trainer, stream, found = session.trainer, session.stream, session.find()
     store, config = trainer.store, trainer.config
-    if found is None and config.start != "current":
-        for _, gate in store.items():
-            gate.config = store.config
-        if store.config.resolution == "by_site" and config.sensitivity_batches:
-            choose_resolutions(run, store, stream.holdout, progress=progress)
+    is_new = found is None and config.start != "current"
+    if is_new and store.config.resolution == "by_site" and config.sensitivity_batches:
+        chosen = choose_resolutions(run, store, stream.holdout, progress=progress)
+        trainer.sub_blocks.update(chosen)
     _discover(run, trainer, stream)
     if found is not None:
         session.resume(found)
