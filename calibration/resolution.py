@@ -2,8 +2,8 @@
 
 A query that looks one token up is diluted by the tokens it is pooled with, and so is the key it
 looks for. Few sites of a model look things up: there half the sub-blocks find what the others lose,
-and elsewhere twice as large ones lose nothing. Scoring costs what it did, as all sites together
-have no more pairs of sub-blocks than before.
+and elsewhere twice as large ones lose nothing. All sites together have no more pairs of sub-blocks
+to score than before; a pair can take longer, where a faster kernel does not take the smaller ones.
 
 Letters of shapes: see :mod:`seer_compile.types`.
 """
@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,7 +26,10 @@ from seer_compile.calibration.sensitivity import DenseOutput, OneSparseSite
 from seer_compile.calibration.temperature import fit_temperature
 from seer_compile.config import SUB_BLOCKS, GateConfig
 from seer_compile.errors import CalibrationDataError
+from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
+from seer_compile.kernels.cost_model import cost_model
+from seer_compile.latency import call_size
 from seer_compile.types import SiteInputs
 
 DENSITY = 0.1
@@ -57,46 +60,49 @@ class Resolution(NamedTuple):
 def choose_resolutions(
     run: Run, store: GateStore, batches: Iterable[object], *, progress: bool = False
 ) -> dict[str, tuple[int, int]]:
-    """Give every site the sub-blocks that suit it, and return those that are not the store's.
+    """Find the sub-blocks that suit every site; the store's gates are left alone.
 
     Measured with untrained gates at the temperature that fits: what pooling dilutes, training does
-    not bring back. The weights of the sites' gates are reset.
+    not bring back.
 
     Args:
         run: One forward of the frozen model with a handler; returns what the model returns.
-        store: Gates of the sites; those that are missing are created.
-        batches: Held-out batches; the first one is measured.
+        store: Says how gates are configured and seeded.
+        batches: Held-out batches; the one with most pairs of sub-blocks is measured.
         progress: Show a progress bar.
 
     Returns:
-        Tokens of queries and of keys by site; under ``torch.distributed`` what process 0 measured.
+        Tokens of queries and of keys, for the sites that should have others than the store's; under
+        ``torch.distributed`` what process 0 measured.
 
     Raises:
         CalibrationDataError: An output is not finite, or no tensor to compare is returned.
 
     Cost:
-        One forward, and three per site.
+        One forward per batch, and three per site.
     """
-    chosen: dict[str, tuple[int, int]] = {}
-    hidden = not progress or distributed.rank() != 0
+    usual = store.config.sub_blocks
+    found: dict[str, list[Resolution]] = {}
+    failure: CalibrationDataError | None = None
     with torch.no_grad():
-        for batch in itertools.islice(batches, 1):
-            found = _measure(run, store, batch, hidden=hidden)
-            best = cheapest_divergence(found, store.config.sub_blocks)
-            chosen = {name: resolution.sub_blocks for name, resolution in best.items()}
-    gates = dict(store.items())
-    if not gates:
-        return {}
-    device = next(iter(gates.values())).query_weight.device
-    chosen = {
-        name: (int(query), int(key))
-        for name, (query, key) in distributed.broadcast_json(chosen, device).items()
-    }
-    changed = {name: size for name, size in chosen.items() if size != store.config.sub_blocks}
+        sites = _largest(run, store, batches)
+        if sites is None:
+            return {}
+        try:
+            hidden = not progress or distributed.rank() != 0
+            found = _measure(run, store, sites, hidden=hidden)
+        except CalibrationDataError as error:
+            failure = error
+    best = cheapest_divergence(found, usual)
+    changed = {name: part.sub_blocks for name, part in best.items() if part.sub_blocks != usual}
+    # Of several processes the first one decides, on what it measured or could not.
+    told = {"changed": changed, "failed": failure is not None}
+    told = distributed.broadcast_json(told, sites.device)
+    if told["failed"]:
+        raise failure or CalibrationDataError("process 0 could not measure its held-out batch")
+    changed = {name: (int(query), int(key)) for name, (query, key) in told["changed"].items()}
     for name, size in changed.items():
-        if name in gates:
-            gates[name].config = store.config.with_sub_blocks(*size)
-            _logger.info("%s pools %d query and %d key tokens", name, *size)
+        _logger.info("%s pools %d query and %d key tokens", name, *size)
     return changed
 
 
@@ -147,30 +153,42 @@ def _worth_keeping(
     states: Mapping[float, tuple[float, int, _Choices]],
 ) -> dict[float, tuple[float, int, _Choices]]:
     """Leave out what others buy more cheaply, and states between states where there are many."""
-    kept: dict[float, tuple[float, int, _Choices]] = {}
+    kept: list[float] = []
     least = (math.inf, 0)
-    for pairs, state in sorted(states.items()):
+    for pairs, state in sorted(states.items(), key=lambda item: item[0]):
         if state[:2] < least:
-            least, kept[pairs] = state[:2], state
+            least = state[:2]
+            kept.append(pairs)
+    # The last one is the best.
     step = -(-len(kept) // _MOST_STATES)
-    return dict(list(kept.items())[::step])
+    return {pairs: states[pairs] for pairs in [*kept[:-1:step], kept[-1]]}
 
 
 class _Sites:
     """The site handler that answers densely and keeps the sizes of what it meets."""
 
-    def __init__(self, store: GateStore) -> None:
-        self.store = store
+    def __init__(self, store: GateStore, batch: object) -> None:
+        self.store, self.batch = store, batch
         self.lengths: dict[str, tuple[int, int]] = {}
         """Tokens of queries and keys by site."""
+        self.output: Any = None
+        """Of the model, with all sites dense."""
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Answer one site."""
         gate = gate_of(self.store, inputs)
-        if inputs.name not in self.lengths:
-            gate.reset()
-            self.lengths[inputs.name] = inputs.query.shape[-2], inputs.key.shape[-2]
+        self.lengths[inputs.name] = inputs.query.shape[-2], inputs.key.shape[-2]
         return dense_answer(gate, inputs)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the gates are."""
+        return next(gate for _, gate in self.store.items()).query_weight.device
+
+    @property
+    def pairs(self) -> float:
+        """Pairs of tokens over all sites."""
+        return float(sum(map(math.prod, self.lengths.values())))
 
 
 class _OneSparseSite(OneSparseSite):
@@ -192,35 +210,51 @@ class _OneSparseSite(OneSparseSite):
         return super().__call__(inputs)
 
 
+def _largest(run: Run, store: GateStore, batches: Iterable[object]) -> _Sites | None:
+    """Return the batch whose sites have most pairs, answered densely; None where none has any."""
+    largest: _Sites | None = None
+    for batch in batches:
+        sites = _Sites(GateStore(store.config, seed=store.seed), batch)
+        output = run(batch, sites)
+        if sites.pairs > (0 if largest is None else largest.pairs):
+            largest, sites.output = sites, output
+    return largest
+
+
 def _measure(
-    run: Run, store: GateStore, batch: object, *, hidden: bool
+    run: Run, store: GateStore, sites: _Sites, *, hidden: bool
 ) -> dict[str, list[Resolution]]:
-    sites = _Sites(store)
-    output = run(batch, sites)
-    if not sites.lengths:
-        return {}
-    dense = DenseOutput(output)
-    sizes = _candidates(store.config)
+    dense = DenseOutput(sites.output)
+    sites.output = None
+    # Gates that nothing but this holds: those of the model may be in use.
+    scratch = {
+        size: GateStore(store.config.with_sub_blocks(*size), seed=store.seed)
+        for size in _candidates(store.config)
+    }
     found: dict[str, list[Resolution]] = {}
     for name in tqdm(sites.lengths, desc="Choosing resolutions", unit="site", disable=hidden):
-        gate = store.get(name)
-        assert gate is not None
         found[name] = []
-        for size in sizes:
-            gate.config = store.config.with_sub_blocks(*size)
-            output = run(batch, _OneSparseSite(store, name))
-            divergence = dense.divergence(output)
+        for size, gates in scratch.items():
+            divergence = dense.divergence(run(sites.batch, _OneSparseSite(gates, name)))
             if not math.isfinite(divergence):
                 raise CalibrationDataError(
                     "the model's output on a held-out batch is not finite",
                     context={"sparse site": name, "density": DENSITY},
                 )
-            units = [-(-n // unit) for n, unit in zip(sites.lengths[name], size, strict=True)]
-            pairs = float(gate.gate_heads * math.prod(units))
-            found[name].append(Resolution(size, pairs, divergence))
-        gate.config = store.config
-        gate.reset()
+            gate = gates.get(name)
+            assert gate is not None
+            is_finer = math.prod(size) < math.prod(store.config.sub_blocks)
+            if not is_finer or _is_worth_it(gate, sites.lengths[name]):
+                pairs = [-(-n // unit) for n, unit in zip(sites.lengths[name], size, strict=True)]
+                pairs.append(gate.gate_heads)
+                found[name].append(Resolution(size, float(math.prod(pairs)), divergence))
     return found
+
+
+def _is_worth_it(gate: AttnGate, lengths: tuple[int, int]) -> bool:
+    """Whether a call at ``DENSITY`` takes less time than dense attention, by known prices."""
+    prices, size = cost_model(gate.query_weight.device), call_size(gate, min(lengths))
+    return prices.sparse_time(size, DENSITY) < prices.dense_time(size)
 
 
 def _candidates(config: GateConfig) -> list[tuple[int, int]]:

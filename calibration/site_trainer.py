@@ -30,8 +30,8 @@ class GateTrainer:
     def __init__(self, store: GateStore, config: CalibrationConfig) -> None:
         self.store, self.config = store, config
         self.step = 0
-        self.sub_blocks: dict[str, tuple[int, int]] = {}
-        """Of the sites whose gates pool other runs of tokens than the store says."""
+        self.chosen_sub_blocks: dict[str, tuple[int, int]] = {}
+        """Sub-block sizes that were chosen for a site; others have the store's."""
         self.optimizers: dict[str, torch.optim.AdamW] = {}
         self.starts: dict[str, dict[str, Tensor]] = {}
         """Weights of gates before their first update, where a share of them stays."""
@@ -40,11 +40,21 @@ class GateTrainer:
         """Of the sites reached in this step: see :meth:`_update`."""
         self._replay = UpdateReplay(self._train)
 
-    def add(self, name: str, gate: AttnGate, inputs: SiteInputs | None = None) -> None:
-        """Start to train a gate; ``inputs`` of its site are what its start is fitted to."""
+    def add(self, name: str, gate: AttnGate, inputs: SiteInputs | None = None) -> AttnGate:
+        """Start to train a gate, or one at other sub-blocks that takes its place in the store.
+
+        Args:
+            name: Of the site.
+            gate: Of the site, in the store.
+            inputs: Of the site: what the start is fitted to.
+
+        Returns:
+            The gate that is trained.
+        """
         if self.config.start != "current":
-            usual = self.store.config
-            gate.config = usual.with_sub_blocks(*self.sub_blocks.get(name, usual.sub_blocks))
+            usual = self.store.config.sub_blocks
+            sizes = self.chosen_sub_blocks.get(name, usual)
+            gate = self.store.at_sub_blocks(name, *sizes)
             gate.reset()
         if inputs is not None:
             with _plain_numerics(inputs.query.device):
@@ -64,6 +74,7 @@ class GateTrainer:
             fused=is_cuda,
             capturable=is_cuda,
         )
+        return gate
 
     def _fit_start(self, name: str, gate: AttnGate, inputs: SiteInputs) -> None:
         seed = f"{self.config.seed}:{name}"
@@ -77,7 +88,7 @@ class GateTrainer:
         gate = gate_of(self.store, inputs)
         if inputs.name not in self.optimizers:
             # Processes meet other data: what all start from must not depend on it here.
-            self.add(inputs.name, gate, None if distributed.is_on() else inputs)
+            gate = self.add(inputs.name, gate, None if distributed.is_on() else inputs)
         with _plain_numerics(inputs.query.device):
             self._current[inputs.name] = self._update(gate, inputs)
         return dense_answer(gate, inputs)
@@ -198,10 +209,12 @@ class GateTrainer:
 
     def _share(self) -> None:
         """Give gates of equal sizes the mean of their weights."""
-        kinds: dict[tuple[torch.Size, ...], list[AttnGate]] = {}
+        kinds: dict[tuple[tuple[int, ...], ...], list[AttnGate]] = {}
         for name in self._current:
             gate = self.gate(name)
-            kinds.setdefault(tuple(part.shape for part in gate.parameters()), []).append(gate)
+            # What was learned of other sub-blocks is not what these need.
+            shapes = tuple(part.shape for part in gate.parameters())
+            kinds.setdefault((gate.config.sub_blocks, *shapes), []).append(gate)
         with torch.no_grad():
             for gates in kinds.values():
                 for parts in zip(*(gate.parameters() for gate in gates), strict=True):

@@ -187,7 +187,9 @@ class _Session:
     ) -> None:
         self.trainer, self.stream, self.directory = trainer, stream, directory
         training = dataclasses.asdict(trainer.config)
-        # How often to save, and what is measured afterwards, changes nothing of the weights.
+        # How often to save, and what is measured afterwards, changes nothing of the weights; that
+        # nothing is measured leaves sub-blocks as they are configured.
+        training["measures_output"] = bool(training["sensitivity_batches"])
         for name in ("checkpoint_every", "sensitivity_batches", "search_evaluations"):
             del training[name]
         self.identity = {
@@ -218,8 +220,7 @@ class _Session:
             sizes = {key: value for key, value in site.items() if key != "sub_blocks"}
             gate = trainer.store.get_or_create(**sizes, device=trainer.device)
             if site["name"] not in trainer.optimizers:
-                trainer.add(site["name"], gate)
-            gate.config = gate.config.with_sub_blocks(*site["sub_blocks"])
+                gate = trainer.add(site["name"], gate)
             _restore(trainer, site["name"], gate, found.tensors)
         losses = found.tensors["losses"].tolist()
         trainer.losses = [
@@ -300,7 +301,10 @@ def _begin(run: Run, session: _Session, *, progress: bool) -> None:
     is_new = found is None and config.start != "current"
     if is_new and store.config.resolution == "by_site" and config.sensitivity_batches:
         chosen = choose_resolutions(run, store, stream.holdout, progress=progress)
-        trainer.sub_blocks.update(chosen)
+        trainer.chosen_sub_blocks.update(chosen)
+    for site in () if found is None else found.state["sites"]:
+        query, key = site["sub_blocks"]
+        trainer.chosen_sub_blocks[site["name"]] = (query, key)
     _discover(run, trainer, stream)
     if found is not None:
         session.resume(found)
@@ -313,8 +317,7 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
     def answer(inputs: SiteInputs) -> Tensor:
         gate = gate_of(trainer.store, inputs)
         if inputs.name not in reached:
-            reached[inputs.name] = gate
-            trainer.add(inputs.name, gate, inputs)
+            gate = reached[inputs.name] = trainer.add(inputs.name, gate, inputs)
         return dense_answer(gate, inputs)
 
     with torch.no_grad():
@@ -366,26 +369,26 @@ def _unchanged_on_error(store: GateStore) -> Iterator[None]:
     """Put the gates back when anything goes wrong, and forget the gates that are new."""
     before = {
         name: (
+            gate,
             {key: value.clone() for key, value in gate.state_dict().items()},
             gate.curve,
             gate.sensitivity,
             gate.shares,
             gate.is_trained,
-            gate.config,
         )
         for name, gate in store.items()
     }
     try:
         yield
     except BaseException:
-        for name, gate in store.items():
+        for name in store.names():
             if name not in before:
-                gate.config = store.config
-                gate.reset()
+                store.at_sub_blocks(name, *store.config.sub_blocks).reset()
                 continue
-            state, curve, sensitivity, shares, is_trained, gate_config = before[name]
+            gate, state, curve, sensitivity, shares, is_trained = before[name]
+            store.replace(name, gate)
             gate.curve, gate.sensitivity, gate.shares = curve, sensitivity, shares
-            gate.is_trained, gate.config = is_trained, gate_config
+            gate.is_trained = is_trained
             gate.load_state_dict(state)
         store.write_metadata()
         raise

@@ -9,7 +9,7 @@ import dataclasses
 import math
 from dataclasses import dataclass, field
 from numbers import Real
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from seer_compile.errors import DtypeError, RangeError
 from seer_compile.types import POOL_KINDS, SHARINGS, BlockSize, PoolKind, Sharing
@@ -166,6 +166,19 @@ class GateConfig:
         """Tokens of queries and of keys that are pooled together."""
         return self.query_sub_block, self.key_sub_block
 
+    @property
+    def form(self) -> tuple[Any, ...]:
+        """What a compiled graph or a weight's shape depends on: all but the default budget."""
+        return (
+            self.query_pools,
+            self.key_pools,
+            *self.sub_blocks,
+            self.gate_dim,
+            self.block_size,
+            self.sharing,
+            self.selector.name,
+        )
+
     def with_sub_blocks(self, query: int, key: int) -> GateConfig:
         """Return the configuration at another resolution.
 
@@ -248,7 +261,8 @@ class CalibrationConfig:
     """Batches kept out of training, on which the mass and density tables are made."""
     sensitivity_batches: int = 1
     """Held-out batches per length on which it is measured what the sparsity of each site costs the
-    model's output: at most ten forwards per site and batch. 0 measures nothing."""
+    model's output: at most ten forwards per site and batch. 0 measures nothing of the output, and
+    leaves all sites at the configured sub-blocks."""
     search_evaluations: int = 0
     """Forwards, per length and density, of a search for how sites share a density when all are
     sparse at once. 0 searches nothing; 40 are enough for ten sites."""

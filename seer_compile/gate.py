@@ -137,7 +137,8 @@ class AttnGate(nn.Module):
         """Return the sizes that tell gates apart."""
         return (
             f"heads={self.heads}, kv_heads={self.kv_heads}, head_dim={self.head_dim}, "
-            f"gate_dim={self.config.gate_dim}, trained={self.is_trained}"
+            f"gate_dim={self.config.gate_dim}, sub_blocks={self.config.sub_blocks}, "
+            f"trained={self.is_trained}"
         )
 
     def reset(self) -> None:

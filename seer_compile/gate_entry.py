@@ -45,7 +45,7 @@ class GateEntry(NamedTuple):
     @classmethod
     def parse(cls, data: Mapping[str, Any]) -> GateEntry:
         """Rebuild an entry from :meth:`to_json`; raises as its parts do, or KeyError."""
-        # Files written before a field was measured do not have it.
+        # Files written before there was a field do not have it.
         curve, sensitivity = data["curve"], data.get("sensitivity")
         shares, sub_blocks = data.get("shares"), data.get("sub_blocks")
         return cls(

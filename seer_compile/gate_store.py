@@ -7,7 +7,7 @@ import json
 import re
 import threading
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -29,6 +29,7 @@ from seer_compile.kernels.gated_attention import (
 )
 from seer_compile.latency import relative_time
 from seer_compile.real_tensors import real_tensors
+from seer_compile.watchers import Watchers
 
 METADATA_VERSION = 2
 _READABLE_VERSIONS = (1, METADATA_VERSION)
@@ -63,6 +64,7 @@ class GateStore(nn.Module):
         self._budget_without_curve: float | None = None
         self._absent_prefix: str | None = None
         self._lock = threading.RLock()
+        self._watchers = Watchers()
         self.register_buffer("metadata", torch.empty(0, dtype=torch.uint8, device="cpu"))
         self.register_load_state_dict_post_hook(_forgive_absent_gates)
         self.write_metadata()
@@ -72,12 +74,14 @@ class GateStore(nn.Module):
         return value
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave out the lock, which can be neither pickled nor copied."""
-        return {key: value for key, value in self.__dict__.items() if key != "_lock"}
+        """Leave out what can be neither pickled nor copied."""
+        left_out = ("_lock", "_watchers")
+        return {key: value for key, value in self.__dict__.items() if key not in left_out}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._lock = threading.RLock()
+        self._watchers = Watchers()
 
     @property
     def lock(self) -> threading.RLock:
@@ -158,6 +162,38 @@ class GateStore(nn.Module):
                 )
             return gate
 
+    def watch(self, watcher: Callable[[], None]) -> None:
+        """Call a method, held weakly, after gates were replaced: graphs may hold the old ones."""
+        self._watchers.add(watcher)
+
+    def at_sub_blocks(self, name: str, query: int, key: int) -> AttnGate:
+        """Return the gate of a site at a resolution: that which is there, or a new one for it.
+
+        A gate never changes its sub-blocks, which are constants of the graphs that hold it: the one
+        that is replaced answers densely from then on.
+
+        Raises:
+            KeyError: There is no such site.
+            RangeError: A size is unknown or does not divide the block.
+        """
+        with self._lock:
+            old = self._gate(self._names[name])
+            entry = GateEntry.of(name, old)._replace(sub_blocks=(query, key))
+            gate = self._fitting(entry, self.config, old.query_weight.device)
+            self.replace(name, gate)
+            return gate
+
+    def replace(self, name: str, gate: AttnGate) -> None:
+        """Put a gate in the place of a site's, which answers densely from then on."""
+        with self._lock, torch.no_grad():
+            old = self._gate(self._names[name])
+            if old is gate:
+                return
+            old.mode.fill_(MODE_DENSE)
+            self.gates[self._names[name]] = gate
+            self._apply_mode(gate)
+            self._watchers.is_due = True
+
     def set_mode(
         self, sparse: bool, *, untrained: bool | None = None, at_any_size: bool = False
     ) -> None:
@@ -176,6 +212,7 @@ class GateStore(nn.Module):
                 self._untrained_may_answer = untrained
             for _, gate in self.items():
                 self._apply_mode(gate)
+        self._watchers.tell()
 
     def set_budget(
         self,
@@ -278,6 +315,7 @@ class GateStore(nn.Module):
             for _, gate in self.items():
                 # A graph may still hold a gate that is dropped here: it must answer densely.
                 gate.mode.fill_(0)
+                self._watchers.is_due |= all(gate is not other for other in gates)
             self.config, self.seed = config, seed
             self._budget_without_curve = None
             self._names.clear()
@@ -293,8 +331,10 @@ class GateStore(nn.Module):
         self, entry: GateEntry, config: GateConfig, device: torch.device | str
     ) -> AttnGate:
         old, config = self.get(entry.name), entry.config_in(config)
-        if old is not None and _shape(old, old.config) == (*entry.sizes, *_form(config)):
-            return old
+        if old is not None:
+            sizes = (old.heads, old.kv_heads, old.head_dim)
+            if (*sizes, *old.config.form) == (*entry.sizes, *config.form):
+                return old
         with real_tensors():
             return AttnGate(
                 *entry.sizes,
@@ -337,27 +377,9 @@ class GateStore(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args)
 
 
-def _form(config: GateConfig) -> tuple[Any, ...]:
-    """Return what a compiled graph or a weight's shape depends on: all but the default budget."""
-    return (
-        config.query_pools,
-        config.key_pools,
-        config.query_sub_block,
-        config.key_sub_block,
-        config.gate_dim,
-        config.block_size,
-        config.sharing,
-        config.selector.name,
-    )
-
-
 def _auto_mode(gate: AttnGate) -> int:
     """Return the mode that is never slower: selecting everything is dense attention at a loss."""
     return MODE_FULL_BUDGET if gate.keeps_every_block else MODE_AUTO
-
-
-def _shape(gate: AttnGate, config: GateConfig) -> tuple[Any, ...]:
-    return (gate.heads, gate.kv_heads, gate.head_dim, *_form(config))
 
 
 def _forgive_absent_gates(store: GateStore, incompatible: Any) -> None:
@@ -368,6 +390,7 @@ def _forgive_absent_gates(store: GateStore, incompatible: Any) -> None:
         ]
     for _, gate in store.items():
         store._apply_mode(gate)
+    store._watchers.tell()
 
 
 def _key(name: str) -> str:

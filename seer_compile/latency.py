@@ -28,20 +28,25 @@ def relative_time(
     sparse = dense = 0.0
     for name, share in shares.items():
         gate = gates[name]
-        size = CallSize(
-            heads=gate.heads,
-            kv_heads=gate.kv_heads,
-            head_dim=gate.head_dim,
-            length=length,
-            gate_heads=gate.gate_heads,
-            query_sub_block=gate.config.query_sub_block,
-            key_sub_block=gate.config.key_sub_block,
-            gate_dim=gate.config.gate_dim,
-        )
+        size = call_size(gate, length)
         known = prices or cost_model(gate.query_weight.device)
         dense += known.dense_time(size)
         sparse += known.dense_time(size) if share >= 1 else known.sparse_time(size, share)
     return sparse / dense
+
+
+def call_size(gate: AttnGate, length: int) -> CallSize:
+    """Return what the price of a gate's call depends on."""
+    return CallSize(
+        heads=gate.heads,
+        kv_heads=gate.kv_heads,
+        head_dim=gate.head_dim,
+        length=length,
+        gate_heads=gate.gate_heads,
+        query_sub_block=gate.config.query_sub_block,
+        key_sub_block=gate.config.key_sub_block,
+        gate_dim=gate.config.gate_dim,
+    )
 
 
 def density_for_time(

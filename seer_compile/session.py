@@ -64,6 +64,7 @@ class Session:
         self._runner: SiteRunner | None = None
         self.number = next(n for n in itertools.count(1) if n not in _LIVE)
         _LIVE[self.number] = self
+        self.store.watch(self._renew_graphs)
         self.calls_before: dict[str, dict[str, int]] = counters.snapshot()
         """Counts of calls that are not this model's, or were made to train it."""
         self.renew()
@@ -103,6 +104,11 @@ class Session:
         # call; a call implementation of the instance's own makes it go through the call.
         model = self.model
         model.__dict__[_CALL] = functools.partial(type(model)._call_impl, model)
+
+    def _renew_graphs(self) -> None:
+        """Compile anew where graphs hold gates that were replaced, by whoever shares the store."""
+        if self.log.records:
+            self.renew()
 
     @property
     def suffix(self) -> str:
