@@ -85,28 +85,22 @@ class Session:
     def renew(self) -> None:
         """Compile the model's call anew: the next call captures graphs afresh."""
         self.backend = SeerBackend(
-            self.store,
-            root=self.model,
-            options=self.options,
-            log=self.log,
-            suffix=self.suffix,
+            self.store, root=self.model, options=self.options, log=self.log, suffix=self.suffix
         )
         backend = WeakBackend(self.backend)
         self.forwards: dict[int, Callable[..., Any]] = {}
         for number, entry in enumerate(self.entries):
             is_inner = entry is not self.model
-            call = compiled_entry(entry, backend, is_inner=is_inner)
-            entry.__dict__[_COMPILED] = functools.partial(call, entry)
-            self.forwards[number] = compiled_entry(
-                entry, backend, is_inner=is_inner, is_forward=True
-            )
+            compiled = functools.partial(compiled_entry, entry, backend, is_inner=is_inner)
+            entry.__dict__[_COMPILED] = functools.partial(compiled(), entry)
+            self.forwards[number] = compiled(is_forward=True)
         # Dynamo would trace a surrounding torch.compile straight into forward, past the compiled
         # call; a call implementation of the instance's own makes it go through the call.
         model = self.model
         model.__dict__[_CALL] = functools.partial(type(model)._call_impl, model)
 
     def _renew_graphs(self) -> None:
-        """Compile anew where graphs hold gates that were replaced, by whoever shares the store."""
+        """Compile anew where graphs hold gates that were replaced."""
         if self.log.records:
             self.renew()
 
@@ -151,8 +145,7 @@ class Session:
     def calls(self, site: str) -> dict[str, int]:
         """Return how many calls of a site took which path since it was optimized."""
         site += self.suffix
-        before = self.calls_before.get(site, {})
-        now = counters.snapshot().get(site, {})
+        before, now = self.calls_before.get(site, {}), counters.snapshot().get(site, {})
         counts = {path: number - before.get(path, 0) for path, number in now.items()}
         return {path: number for path, number in counts.items() if number > 0}
 
@@ -164,8 +157,8 @@ class Session:
             yield
         finally:
             self.store.requires_grad_(False)
-            if self._signature() != before and self.log.records:
-                self.renew()
+            if self._signature() != before:
+                self._renew_graphs()
 
     def _signature(self) -> dict[str, tuple[int, str]]:
         return {name: (id(gate), repr(gate.constants())) for name, gate in self.store.items()}
