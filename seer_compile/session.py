@@ -100,8 +100,9 @@ class Session:
         model.__dict__[_CALL] = functools.partial(type(model)._call_impl, model)
 
     def _renew_graphs(self) -> None:
-        """Compile anew where graphs hold gates that were replaced."""
-        if self.log.records:
+        """Compile anew where graphs of a model that is still optimized hold replaced gates."""
+        model = self._entries[0]()
+        if self.log.records and model is not None and find_session(model) is self:
             self.renew()
 
     @property

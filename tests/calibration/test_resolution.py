@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gc
 import itertools
 import json
 
@@ -20,6 +21,7 @@ from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.errors import CalibrationDataError, GateMismatchError, RangeError
 from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
+from seer_compile.session import find_session
 from seer_compile.types import BlockSize, SiteInputs, Visibility
 from support.inputs import generator
 
@@ -365,6 +367,24 @@ class TestReplacing:
             store.at_sub_blocks("site", 32, 4)
         with pytest.raises(KeyError):
             store.at_sub_blocks("nowhere", *FINE)
+
+    @pytest.mark.parametrize("is_gone", [False, True])
+    def test_a_model_that_was_restored_stays_so(self, is_gone):
+        model, x = Attention(), torch.randn(1, 256, DIM)
+        seer_compile.optimize(model, config=GATES, inner="eager", zero_shot=True)
+        with torch.no_grad():
+            model(x)
+        # Somebody may hold both for longer than the model is optimized, or lives.
+        store, session = model.seer_gates, find_session(model)
+        assert session is not None
+        seer_compile.restore(model)
+        before = dict(model.__dict__)
+        if is_gone:
+            del model, before
+            gc.collect()
+        store.at_sub_blocks(store.names()[0], *FINE)
+        store.set_mode(True)
+        assert is_gone or model.__dict__ == before
 
     def test_a_model_that_was_called_follows_a_state_dict(self):
         model, x = Attention(), torch.randn(1, 256, DIM)
