@@ -25,12 +25,11 @@ import torch
 from torch import Tensor, nn
 
 import seer_compile
+from seer_compile.calibration.resolution import candidate_sub_blocks
 from seer_compile.calibration.sensitivity import DENSITIES
-from seer_compile.config import CalibrationConfig
+from seer_compile.config import CalibrationConfig, GateConfig
 
 LAYERS = 32
-_RESOLUTIONS = 3
-"""Sub-block sizes that are tried at every site."""
 GIGA = 1e9
 
 
@@ -129,7 +128,8 @@ def extrapolate(parts: list[dict[str, float]], options: argparse.Namespace) -> d
         at_all_layers(parts, name) for name in ("step_s", "inference_s", "curves_s")
     )
     sensitivity = forward * (1 + LAYERS * len(DENSITIES))
-    resolution = forward * (1 + LAYERS * _RESOLUTIONS)
+    tried = len(candidate_sub_blocks(GateConfig()))
+    resolution = forward * (options.holdout + LAYERS * tried)
     total = step * options.steps + options.holdout * curves + sensitivity + resolution
     inference, calibration = (
         at_all_layers(parts, name) for name in ("inference_gb", "calibration_gb")

@@ -14,7 +14,7 @@ import itertools
 import logging
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,7 +22,12 @@ from tqdm.auto import tqdm
 
 from seer_compile.calibration import distributed
 from seer_compile.calibration.record import Run, dense_answer, gate_of
-from seer_compile.calibration.sensitivity import DenseOutput, OneSparseSite
+from seer_compile.calibration.sensitivity import (
+    DenseOutput,
+    OneSparseSite,
+    finite_divergences,
+)
+from seer_compile.calibration.site_trainer import plain_numerics
 from seer_compile.calibration.temperature import fit_temperature
 from seer_compile.config import SUB_BLOCKS, GateConfig
 from seer_compile.errors import CalibrationDataError
@@ -68,7 +73,7 @@ def choose_resolutions(
     Args:
         run: One forward of the frozen model with a handler; returns what the model returns.
         store: Says how gates are configured and seeded.
-        batches: Held-out batches; the one with most pairs of sub-blocks is measured.
+        batches: Held-out batches; the one with most pairs of tokens is measured.
         progress: Show a progress bar.
 
     Returns:
@@ -84,20 +89,25 @@ def choose_resolutions(
     usual = store.config.sub_blocks
     found: dict[str, list[Resolution]] = {}
     failure: CalibrationDataError | None = None
+    # Gates that nothing but this holds: those of the model may be in use.
+    scratch = {
+        size: GateStore(store.config.with_sub_blocks(*size), seed=store.seed)
+        for size in candidate_sub_blocks(store.config)
+    }
     with torch.no_grad():
-        sites = _largest(run, store, batches)
-        if sites is None:
+        largest = _largest(run, scratch[usual], batches)
+        if largest is None:
             return {}
         try:
             hidden = not progress or distributed.rank() != 0
-            found = _measure(run, store, sites, hidden=hidden)
+            found = _measure(run, scratch, usual, largest, hidden=hidden)
         except CalibrationDataError as error:
             failure = error
     best = cheapest_divergence(found, usual)
     changed = {name: part.sub_blocks for name, part in best.items() if part.sub_blocks != usual}
     # Of several processes the first one decides, on what it measured or could not.
     told = {"changed": changed, "failed": failure is not None}
-    told = distributed.broadcast_json(told, sites.device)
+    told = distributed.broadcast_json(told, largest.device)
     if told["failed"]:
         raise failure or CalibrationDataError("process 0 could not measure its held-out batch")
     changed = {name: (int(query), int(key)) for name, (query, key) in told["changed"].items()}
@@ -167,12 +177,10 @@ def _worth_keeping(
 class _Sites:
     """The site handler that answers densely and keeps the sizes of what it meets."""
 
-    def __init__(self, store: GateStore, batch: object) -> None:
-        self.store, self.batch = store, batch
+    def __init__(self, store: GateStore) -> None:
+        self.store = store
         self.lengths: dict[str, tuple[int, int]] = {}
         """Tokens of queries and keys by site."""
-        self.output: Any = None
-        """Of the model, with all sites dense."""
 
     def __call__(self, inputs: SiteInputs) -> Tensor:
         """Answer one site."""
@@ -180,15 +188,21 @@ class _Sites:
         self.lengths[inputs.name] = inputs.query.shape[-2], inputs.key.shape[-2]
         return dense_answer(gate, inputs)
 
-    @property
-    def device(self) -> torch.device:
-        """Where the gates are."""
-        return next(gate for _, gate in self.store.items()).query_weight.device
+
+class _DenseBatch(NamedTuple):
+    """A held-out batch, and what the model answers with all sites dense."""
+
+    batch: object
+    lengths: dict[str, tuple[int, int]]
+    """Tokens of queries and keys by site."""
+    dense: DenseOutput
+    device: torch.device
+    """Where the gates are."""
 
     @property
-    def pairs(self) -> float:
+    def pairs(self) -> int:
         """Pairs of tokens over all sites."""
-        return float(sum(map(math.prod, self.lengths.values())))
+        return sum(map(math.prod, self.lengths.values()))
 
 
 class _OneSparseSite(OneSparseSite):
@@ -202,52 +216,55 @@ class _OneSparseSite(OneSparseSite):
         if inputs.name == self.name:
             gate = gate_of(self.store, inputs)
             gate.reset()
-            with (
-                torch.inference_mode(False),
-                torch.autocast(inputs.query.device.type, enabled=False),
-            ):
+            with plain_numerics(inputs.query.device):
                 fit_temperature(gate, inputs, seed=inputs.name)
         return super().__call__(inputs)
 
 
-def _largest(run: Run, store: GateStore, batches: Iterable[object]) -> _Sites | None:
-    """Return the batch whose sites have most pairs, answered densely; None where none has any."""
-    largest: _Sites | None = None
+def _largest(run: Run, store: GateStore, batches: Iterable[object]) -> _DenseBatch | None:
+    """Return the batch whose sites have most pairs of tokens; None where none reaches a site."""
+    largest: _DenseBatch | None = None
     for batch in batches:
-        sites = _Sites(GateStore(store.config, seed=store.seed), batch)
-        output = run(batch, sites)
-        if sites.pairs > (0 if largest is None else largest.pairs):
-            largest, sites.output = sites, output
+        dense = _dense_batch(run, store, batch)
+        if dense is not None and dense.pairs > (0 if largest is None else largest.pairs):
+            largest = dense
     return largest
 
 
+def _dense_batch(run: Run, store: GateStore, batch: object) -> _DenseBatch | None:
+    """Answer a batch densely. A sample of the output is kept, and the output itself is freed."""
+    sites = _Sites(store)
+    output = run(batch, sites)
+    if not sites.lengths:
+        return None
+    device = next(gate for _, gate in store.items()).query_weight.device
+    return _DenseBatch(batch, sites.lengths, DenseOutput(output), device)
+
+
 def _measure(
-    run: Run, store: GateStore, sites: _Sites, *, hidden: bool
+    run: Run,
+    scratch: Mapping[tuple[int, int], GateStore],
+    usual: tuple[int, int],
+    largest: _DenseBatch,
+    *,
+    hidden: bool,
 ) -> dict[str, list[Resolution]]:
-    dense = DenseOutput(sites.output)
-    sites.output = None
-    # Gates that nothing but this holds: those of the model may be in use.
-    scratch = {
-        size: GateStore(store.config.with_sub_blocks(*size), seed=store.seed)
-        for size in _candidates(store.config)
-    }
     found: dict[str, list[Resolution]] = {}
-    for name in tqdm(sites.lengths, desc="Choosing resolutions", unit="site", disable=hidden):
+    for name in tqdm(largest.lengths, desc="Choosing resolutions", unit="site", disable=hidden):
         found[name] = []
-        for size, gates in scratch.items():
-            divergence = dense.divergence(run(sites.batch, _OneSparseSite(gates, name)))
-            if not math.isfinite(divergence):
-                raise CalibrationDataError(
-                    "the model's output on a held-out batch is not finite",
-                    context={"sparse site": name, "density": DENSITY},
-                )
-            gate = gates.get(name)
+        for size, store in scratch.items():
+            handler = _OneSparseSite(store, name)
+            # Handed on at once: two outputs of a long batch are not to be held at a time.
+            (divergence,) = finite_divergences(
+                handler, largest.dense, run(largest.batch, handler), (None,)
+            )
+            gate = store.get(name)
             assert gate is not None
-            is_finer = math.prod(size) < math.prod(store.config.sub_blocks)
-            if not is_finer or _is_worth_it(gate, sites.lengths[name]):
-                pairs = [-(-n // unit) for n, unit in zip(sites.lengths[name], size, strict=True)]
-                pairs.append(gate.gate_heads)
-                found[name].append(Resolution(size, float(math.prod(pairs)), divergence))
+            is_finer = math.prod(size) < math.prod(usual)
+            if not is_finer or _is_worth_it(gate, largest.lengths[name]):
+                tokens = zip(largest.lengths[name], size, strict=True)
+                pairs = math.prod(-(-total // unit) for total, unit in tokens)
+                found[name].append(Resolution(size, float(gate.gate_heads * pairs), divergence))
     return found
 
 
@@ -257,7 +274,7 @@ def _is_worth_it(gate: AttnGate, lengths: tuple[int, int]) -> bool:
     return prices.sparse_time(size, DENSITY) < prices.dense_time(size)
 
 
-def _candidates(config: GateConfig) -> list[tuple[int, int]]:
+def candidate_sub_blocks(config: GateConfig) -> list[tuple[int, int]]:
     """Return half, the same and twice the sub-blocks, as far as they fit into blocks."""
     blocks = (config.block_size.query, config.block_size.key)
     sizes: list[tuple[int, int]] = []

@@ -239,16 +239,28 @@ def _point(
 ) -> dict[int, _Point]:
     assert handler.name is not None
     tokens = (handler.lengths[handler.name], *halves)
-    divergences = dense.divergences(output, (None, *halves))
+    divergences = finite_divergences(handler, dense, output, (None, *halves))
+    return {
+        length: _Point(handler.measured_density(length), divergence)
+        for length, divergence in zip(tokens, divergences, strict=True)
+    }
+
+
+def finite_divergences(
+    handler: OneSparseSite, dense: DenseOutput, output: Any, ends: Sequence[int | None]
+) -> list[float]:
+    """Return the divergences of an output with one sparse site; see :class:`DenseOutput`.
+
+    Raises:
+        CalibrationDataError: One of them is not finite.
+    """
+    divergences = dense.divergences(output, ends)
     if not all(map(math.isfinite, divergences)):
         raise CalibrationDataError(
             "the model's output on a held-out batch is not finite",
             context={"sparse site": handler.name, "density": handler.density},
         )
-    return {
-        length: _Point(handler.measured_density(length), divergence)
-        for length, divergence in zip(tokens, divergences, strict=True)
-    }
+    return divergences
 
 
 def _curve(by_length: Mapping[int, list[list[_Point]]]) -> SensitivityCurve:

@@ -40,24 +40,24 @@ class GateTrainer:
         """Of the sites reached in this step: see :meth:`_update`."""
         self._replay = UpdateReplay(self._train)
 
-    def add(self, name: str, gate: AttnGate, inputs: SiteInputs | None = None) -> AttnGate:
-        """Start to train a gate, or one at other sub-blocks that takes its place in the store.
+    def add(self, name: str, inputs: SiteInputs | None = None) -> AttnGate:
+        """Start to train the gate of a site, or one at other sub-blocks in its place in the store.
 
         Args:
-            name: Of the site.
-            gate: Of the site, in the store.
+            name: Of a site that has a gate.
             inputs: Of the site: what the start is fitted to.
 
         Returns:
             The gate that is trained.
         """
+        gate = self.gate(name)
         if self.config.start != "current":
             usual = self.store.config.sub_blocks
             sizes = self.chosen_sub_blocks.get(name, usual)
             gate = self.store.at_sub_blocks(name, *sizes)
             gate.reset()
         if inputs is not None:
-            with _plain_numerics(inputs.query.device):
+            with plain_numerics(inputs.query.device):
                 self._fit_start(name, gate, inputs)
         gate.requires_grad_(True)
         is_cuda, rate = gate.query_weight.is_cuda, 0.0
@@ -88,8 +88,8 @@ class GateTrainer:
         gate = gate_of(self.store, inputs)
         if inputs.name not in self.optimizers:
             # Processes meet other data: what all start from must not depend on it here.
-            gate = self.add(inputs.name, gate, None if distributed.is_on() else inputs)
-        with _plain_numerics(inputs.query.device):
+            gate = self.add(inputs.name, None if distributed.is_on() else inputs)
+        with plain_numerics(inputs.query.device):
             self._current[inputs.name] = self._update(gate, inputs)
         return dense_answer(gate, inputs)
 
@@ -239,7 +239,7 @@ class GateTrainer:
 
 
 @contextlib.contextmanager
-def _plain_numerics(device: torch.device) -> Iterator[None]:
+def plain_numerics(device: torch.device) -> Iterator[None]:
     """Compute in float32 with gradients, whatever modes the model's forward runs under."""
     with torch.inference_mode(False), torch.autocast(device.type, enabled=False):
         yield

@@ -220,7 +220,7 @@ class _Session:
             sizes = {key: value for key, value in site.items() if key != "sub_blocks"}
             gate = trainer.store.get_or_create(**sizes, device=trainer.device)
             if site["name"] not in trainer.optimizers:
-                gate = trainer.add(site["name"], gate)
+                gate = trainer.add(site["name"])
             _restore(trainer, site["name"], gate, found.tensors)
         losses = found.tensors["losses"].tolist()
         trainer.losses = [
@@ -298,13 +298,14 @@ def _begin(run: Run, session: _Session, *, progress: bool) -> None:
     """Choose resolutions and find the sites, or go on from a checkpoint."""
     trainer, stream, found = session.trainer, session.stream, session.find()
     store, config = trainer.store, trainer.config
-    is_new = found is None and config.start != "current"
-    if is_new and store.config.resolution == "by_site" and config.sensitivity_batches:
-        chosen = choose_resolutions(run, store, stream.holdout, progress=progress)
-        trainer.chosen_sub_blocks.update(chosen)
-    for site in () if found is None else found.state["sites"]:
-        query, key = site["sub_blocks"]
-        trainer.chosen_sub_blocks[site["name"]] = (query, key)
+    is_by_site = store.config.resolution == "by_site" and config.sensitivity_batches > 0
+    if found is not None:
+        sites = found.state["sites"]
+        trainer.chosen_sub_blocks = {site["name"]: tuple(site["sub_blocks"]) for site in sites}
+    elif is_by_site and config.start != "current":
+        trainer.chosen_sub_blocks = choose_resolutions(
+            run, store, stream.holdout, progress=progress
+        )
     _discover(run, trainer, stream)
     if found is not None:
         session.resume(found)
@@ -317,7 +318,7 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
     def answer(inputs: SiteInputs) -> Tensor:
         gate = gate_of(trainer.store, inputs)
         if inputs.name not in reached:
-            gate = reached[inputs.name] = trainer.add(inputs.name, gate, inputs)
+            gate = reached[inputs.name] = trainer.add(inputs.name, inputs)
         return dense_answer(gate, inputs)
 
     with torch.no_grad():

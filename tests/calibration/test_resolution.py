@@ -48,20 +48,11 @@ class Lookups:
         self.forwards += 1
         total = 0.0
         for place in range(5):
-            name = f"layers.{place}.attn"
-            query, key, value = self._operands(int(batch["seed"]) * 5 + place, name == LOOKUP)
-            inputs = SiteInputs(
-                name=name,
-                query=query,
-                key=key,
-                value=value,
-                scale=DIM**-0.5,
-                visibility=Visibility(upper=0),
-            )
-            total = total + handler(inputs)
+            name, seed = f"layers.{place}.attn", int(batch["seed"]) * 5 + place
+            total = total + handler(self.site(name, seed, looks_up=name == LOOKUP))
         return total
 
-    def _operands(self, seed, looks_up):
+    def site(self, name, seed, *, looks_up):
         draw = generator(seed)
         run = 1 if looks_up else BLOCK
         codes = torch.nn.functional.normalize(
@@ -74,8 +65,14 @@ class Lookups:
             # One query of a block looks something up, the others read what is near.
             sought = torch.where(own % BLOCK == BLOCK // 2, sought, own)
         query = 9 * codes[sought]
-        value = torch.randn(1, 1, TOKENS, DIM, generator=draw)
-        return query[None, None], key[None, None], value
+        return SiteInputs(
+            name=name,
+            query=query[None, None],
+            key=key[None, None],
+            value=torch.randn(1, 1, TOKENS, DIM, generator=draw),
+            scale=DIM**-0.5,
+            visibility=Visibility(upper=0),
+        )
 
 
 def data(count=4):
@@ -262,16 +259,7 @@ class TestCalibration:
             def __call__(self, batch, handler):
                 total = super().__call__(batch, handler)
                 if int(batch["seed"]) == 2:
-                    query, key, value = self._operands(99, looks_up=True)
-                    site = SiteInputs(
-                        name="later",
-                        query=query,
-                        key=key,
-                        value=value,
-                        scale=DIM**-0.5,
-                        visibility=Visibility(upper=0),
-                    )
-                    total = total + handler(site)
+                    total = total + handler(self.site("later", 99, looks_up=True))
                 return total
 
         store = GateStore(GATES)

@@ -1,5 +1,7 @@
 """Untrained gates are as sure of themselves as fits, and rank as they did."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -36,17 +38,7 @@ def site(sharpness, *, padding=None, seed=0):
 
 
 def gate_for(sharing="gate"):
-    return AttnGate(HEADS, KV_HEADS, DIM, config=_shared(sharing))
-
-
-def _shared(sharing):
-    return GateConfig(
-        query_sub_block=2,
-        key_sub_block=4,
-        gate_dim=16,
-        block_size=CONFIG.block_size,
-        sharing=sharing,
-    )
+    return AttnGate(HEADS, KV_HEADS, DIM, config=dataclasses.replace(CONFIG, sharing=sharing))
 
 
 def losses(gate, inputs):
