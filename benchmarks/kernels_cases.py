@@ -140,8 +140,8 @@ def hopper_scores_inputs(
 
 
 def with_room(features: Tensor) -> Tensor:
-    """Return equal features in memory that goes on, with NaN, for 16 sub-blocks."""
-    room = features.new_full((16 * features.shape[-1],), float("nan"))
+    """Return equal features in memory that goes on, with NaN, for 32 sub-blocks."""
+    room = features.new_full((32 * features.shape[-1],), float("nan"))
     return torch.cat([features.flatten(), room])[: features.numel()].view(features.shape)
 
 
@@ -264,6 +264,8 @@ PROFILES: dict[str, list[dict[str, Any]]] = {
         _scores_profile(FP16, 128, (4, 8), (64, 64), 2, offset=True),
         _scores_profile(FP16, 32, (8, 16), (64, 64), 1),
         _scores_profile(BF16, 64, (2, 8), (128, 128), 2),
+        _scores_profile(BF16, 64, (1, 2), (64, 64), 1),
+        _scores_profile(FP16, 128, (2, 2), (64, 64), 4, offset=True),
     ],
     "attention_mass": [
         _map_profile(BF16, 128, (4, 2), "tokens first", units=(64, 64), reduce=("mean", "sum")),

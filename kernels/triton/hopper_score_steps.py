@@ -2,7 +2,8 @@
 
 ``state`` are the running maximum and sum of two times 64 rows, per row and place in a tile of
 ``UNITS`` key blocks; ``cursor`` the next slot of the ring of column tiles and the parity of its
-use: see ``hopper_score_warps``.
+use: see ``hopper_score_warps``. A tile has ``COLUMNS``: all places of ``UNITS`` key blocks, or some
+from ``place`` on.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def larger(left, right):
 
 @gluon.jit
 def _products(row, column_smem, slot):
-    """Begin the products of 64 rows with a column tile: ``Float32[64 PLACES*UNITS]``."""
+    """Begin the products of 64 rows with a column tile: ``Float32[64 COLUMNS]``."""
     columns: gl.constexpr = column_smem.shape[3] * column_smem.shape[4]
     dim: gl.constexpr = column_smem.shape[5]
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, columns, 16])
@@ -42,19 +43,21 @@ def _products(row, column_smem, slot):
 def _visible(
     rows,
     step,
+    place,
     band,
     num_columns,
     layout: gl.constexpr,
+    COLUMNS: gl.constexpr,
     PLACES: gl.constexpr,
     UNITS: gl.constexpr,
     ROW_EXTENT: gl.constexpr,
     COLUMN_EXTENT: gl.constexpr,
 ):
-    """Return ``[64 PLACES*UNITS]``: which columns of a tile a row sees."""
+    """Return ``[64 COLUMNS]``: which columns of a tile a row sees."""
     q_len, k_len, upper, lower = band
     rows = gl.convert_layout(rows, gl.SliceLayout(1, layout))
-    places = gl.arange(0, PLACES * UNITS, gl.SliceLayout(0, layout))
-    columns = (step * UNITS + places % UNITS) * PLACES + places // UNITS
+    within = gl.arange(0, COLUMNS, gl.SliceLayout(0, layout))
+    columns = (step * UNITS + within % UNITS) * PLACES + (place + within // UNITS)
     first_key = columns * COLUMN_EXTENT
     last_key = gl.minimum(first_key + COLUMN_EXTENT, k_len) - 1
     first_query = rows * ROW_EXTENT
@@ -65,15 +68,14 @@ def _visible(
 
 
 @gluon.jit
-def _largest_of_units(
-    product, qk_scale, PLACES: gl.constexpr, UNITS: gl.constexpr, IS_EDGE: gl.constexpr
-):
+def _largest_of_units(product, qk_scale, UNITS: gl.constexpr, IS_EDGE: gl.constexpr):
     """Return ``Float32[64 UNITS]``, scaled; in the layout of a product of so many columns.
 
     What float16 has no room for becomes its largest number; a block without a column stays -inf.
     """
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, UNITS, 16])
-    largest = gl.reduce(product.reshape([64, PLACES, UNITS]), 1, larger)
+    by_place = product.reshape([64, product.shape[1] // UNITS, UNITS])
+    largest = gl.reduce(by_place, 1, larger)
     largest = gl.convert_layout(largest, layout) * qk_scale
     bounded = gl.minimum(largest, LARGEST, propagate_nan=KEEP_NAN)
     bounded = gl.maximum(bounded, -LARGEST, propagate_nan=KEEP_NAN)
@@ -92,6 +94,58 @@ def _add_units(largest, state, IS_EDGE: gl.constexpr):
         base = gl.where(new_max == float("-inf"), 0.0, new_max)
     running_sum = running_sum * gl.exp2(running_max - base) + gl.exp2(largest - base)
     return new_max, running_sum
+
+
+@gluon.jit
+def _largest_of_tile(
+    features,
+    column_ring,
+    rows,
+    step,
+    place,
+    cursor,
+    band,
+    num_columns,
+    qk_scale,
+    PLACES: gl.constexpr,
+    UNITS: gl.constexpr,
+    ROW_EXTENT: gl.constexpr,
+    COLUMN_EXTENT: gl.constexpr,
+    STAGES: gl.constexpr,
+    NEGATE: gl.constexpr,
+    IS_EDGE: gl.constexpr,
+):
+    """Return the maxima of two times 64 rows, those of one behind the products of both."""
+    column_smem, full, empty = column_ring
+    slot, phase = cursor
+    COLUMNS: gl.constexpr = column_smem.shape[3] * UNITS
+    mbarrier.wait(full.index(slot), phase)
+    first = _products(features[0], column_smem, slot)
+    second = _products(features[1], column_smem, slot)
+    first = hopper.warpgroup_mma_wait(1, deps=(first,))
+    layout: gl.constexpr = first.type.layout
+    if NEGATE:
+        first = -first
+    if IS_EDGE:
+        visible = _visible(
+            rows, step, place, band, num_columns, layout, COLUMNS, PLACES, UNITS, ROW_EXTENT,
+            COLUMN_EXTENT,
+        )  # fmt: skip
+        first = gl.where(visible, first, float("-inf"))
+    first_largest = _largest_of_units(first, qk_scale, UNITS, IS_EDGE)
+    # Named here, or the compiler would make it after the wait instead of behind the products.
+    second, first_largest = hopper.warpgroup_mma_wait(0, deps=(second, first_largest))
+    mbarrier.arrive(empty.index(slot), count=1)
+    if NEGATE:
+        second = -second
+    if IS_EDGE:
+        visible = _visible(
+            rows + 64, step, place, band, num_columns, layout, COLUMNS, PLACES, UNITS, ROW_EXTENT,
+            COLUMN_EXTENT,
+        )  # fmt: skip
+        second = gl.where(visible, second, float("-inf"))
+    second_largest = _largest_of_units(second, qk_scale, UNITS, IS_EDGE)
+    return first_largest, second_largest, next_slot(slot, phase, STAGES)
 
 
 @gluon.jit
@@ -114,42 +168,32 @@ def take(
     NEGATE: gl.constexpr,
     IS_EDGE: gl.constexpr,
 ):
-    """Take one column tile into two times 64 rows, the maxima of one behind the products of both.
+    """Take the column tiles of one step into two times 64 rows.
 
     ``state`` are the running maximum and sum of both, ``targets`` where their maxima are kept.
     """
-    column_smem, full, empty = column_ring
-    slot, phase = cursor
     first_state, second_state = state
-    mbarrier.wait(full.index(slot), phase)
-    first = _products(features[0], column_smem, slot)
-    second = _products(features[1], column_smem, slot)
-    first = hopper.warpgroup_mma_wait(1, deps=(first,))
-    layout: gl.constexpr = first.type.layout
-    if NEGATE:
-        first = -first
-    if IS_EDGE:
-        visible = _visible(
-            rows, step, band, num_columns, layout, PLACES, UNITS, ROW_EXTENT, COLUMN_EXTENT
-        )
-        first = gl.where(visible, first, float("-inf"))
-    first_largest = _largest_of_units(first, qk_scale, PLACES, UNITS, IS_EDGE)
-    # Named here, or the compiler would make it after the wait instead of behind the products.
-    second, first_largest = hopper.warpgroup_mma_wait(0, deps=(second, first_largest))
-    mbarrier.arrive(empty.index(slot), count=1)
-    if NEGATE:
-        second = -second
-    if IS_EDGE:
-        visible = _visible(
-            rows + 64, step, band, num_columns, layout, PLACES, UNITS, ROW_EXTENT, COLUMN_EXTENT
-        )
-        second = gl.where(visible, second, float("-inf"))
-    second_largest = _largest_of_units(second, qk_scale, PLACES, UNITS, IS_EDGE)
-    first_state = _add_units(first_largest, first_state, IS_EDGE)
-    second_state = _add_units(second_largest, second_state, IS_EDGE)
-    gl.store(targets[0] + step * (128 * UNITS), first_largest.to(gl.float16))
-    gl.store(targets[1] + step * (128 * UNITS), second_largest.to(gl.float16))
-    return (first_state, second_state), next_slot(slot, phase, STAGES)
+    TILE_PLACES: gl.constexpr = column_ring[0].shape[3]
+    if PLACES > TILE_PLACES:
+        first = gl.full([64, UNITS], float("-inf"), gl.float32, first_state[0].type.layout)
+        second = first
+        # Two tiles in a row would not fit a thread's registers, so no static range.
+        for place in range(0, PLACES, TILE_PLACES):
+            first_more, second_more, cursor = _largest_of_tile(
+                features, column_ring, rows, step, place, cursor, band, num_columns, qk_scale,
+                PLACES, UNITS, ROW_EXTENT, COLUMN_EXTENT, STAGES, NEGATE, IS_EDGE,
+            )  # fmt: skip
+            first, second = larger(first, first_more), larger(second, second_more)
+    else:
+        first, second, cursor = _largest_of_tile(
+            features, column_ring, rows, step, 0, cursor, band, num_columns, qk_scale, PLACES,
+            UNITS, ROW_EXTENT, COLUMN_EXTENT, STAGES, NEGATE, IS_EDGE,
+        )  # fmt: skip
+    first_state = _add_units(first, first_state, IS_EDGE)
+    second_state = _add_units(second, second_state, IS_EDGE)
+    gl.store(targets[0] + step * (128 * UNITS), first.to(gl.float16))
+    gl.store(targets[1] + step * (128 * UNITS), second.to(gl.float16))
+    return (first_state, second_state), cursor
 
 
 @gluon.jit

@@ -6,8 +6,10 @@ they multiply, keep the maxima of every row and key block in memory, and at the 
 subtracted from the maxima of a row. A third group then reads them again and writes scores, while
 the others are at the next item.
 
-A column tile is ``UNITS`` key blocks, place ``p`` of every block before place ``p + 1``, so that
-the columns of a block lie in one thread of a product, whose maximum needs no exchange.
+A step is ``UNITS`` key blocks. A column tile holds 16 places of each, or all where there are fewer:
+place ``p`` of every block before place ``p + 1``, so that the columns of a block lie in one thread
+of a product, whose maximum needs no exchange. Where blocks have 32 places, a step is two tiles, one
+slot of the ring after the other.
 
 Barriers, phases counted from 0 as in ``hopper_warps``: ``full`` of rows and of each slot (one
 arrival, and bytes), ``empty`` (one arrival per multiplying group); for each of two stretches of
@@ -37,8 +39,8 @@ from seer_compile.kernels.triton.hopper_warps import copy_tile
 
 tile_ranges = gluon.jit(row_statistics.tile_ranges.fn)
 
-_STEPS = gl.constexpr(16)
-"""Column tiles whose scores are written together."""
+_WRITTEN = gl.constexpr(128)
+"""Key blocks whose scores are written together: 64 maxima of each fit the registers of a thread."""
 
 
 @gluon.jit
@@ -95,6 +97,7 @@ def copy_features(
     row_desc, column_desc = descriptors
     row_smem, row_full, row_empty = row_ring
     column_smem, column_full, column_empty = column_ring
+    TILE_PLACES: gl.constexpr = column_smem.shape[3]
     num_rows, num_columns = sizes
     turn = 0
     slot = 0
@@ -110,11 +113,12 @@ def copy_features(
             tile, band, num_rows, num_columns, 256, PLACES * UNITS, ROW_EXTENT, COLUMN_EXTENT
         )
         for step in range(begin, end):
-            columns = [batch, head, 0, step * UNITS, 0]
-            mbarrier.wait(column_empty.index(slot), phase ^ 1)
-            mbarrier.expect(column_full.index(slot), column_desc.block_type.nbytes)
-            copy_tile(column_desc, columns, column_full.index(slot), column_smem.index(slot))
-            slot, phase = next_slot(slot, phase, STAGES)
+            for place in gl.static_range(0, PLACES, TILE_PLACES):
+                columns = [batch, head, place, step * UNITS, 0]
+                mbarrier.wait(column_empty.index(slot), phase ^ 1)
+                mbarrier.expect(column_full.index(slot), column_desc.block_type.nbytes)
+                copy_tile(column_desc, columns, column_full.index(slot), column_smem.index(slot))
+                slot, phase = next_slot(slot, phase, STAGES)
         turn += 1
         item, batch, head, tile = item_of(turn, work)
 
@@ -150,9 +154,13 @@ def _write_scores(
     """
     num_row_units, num_column_units = units
     ROW_UNITS: gl.constexpr = 64 // ROW_UNIT
+    STEPS: gl.constexpr = _WRITTEN // UNITS
+    # Warps take different query blocks where there are as many, so that few lanes share one.
+    WARPS: gl.constexpr = ROW_UNITS if ROW_UNITS < 4 else 4
     layout: gl.constexpr = gl.BlockedLayout(
-        [ROW_UNITS, 1, 1, UNITS], [1, 8, 4, 1], [1, 1, 4, 1], [3, 2, 1, 0]
-    )
+        [1, 1, 1, 8], [1, 8 // WARPS, STEPS * WARPS // 4, UNITS // 8], [WARPS, 1, 4 // WARPS, 1],
+        [3, 2, 1, 0],
+    )  # fmt: skip
     first_three: gl.constexpr = gl.SliceLayout(3, layout)
     others: gl.constexpr = gl.SliceLayout(1, layout)
     row_layout: gl.constexpr = gl.SliceLayout(2, first_three)
@@ -162,13 +170,13 @@ def _write_scores(
     subtracted = normalizer_smem.reshape([ROW_UNITS, ROW_UNIT]).load(row_layout)
     subtracted = gl.expand_dims(gl.expand_dims(subtracted, 2), 3)
     place_layout: gl.constexpr = gl.SliceLayout(0, others)
-    place = gl.arange(0, _STEPS, gl.SliceLayout(1, place_layout))[:, None]
+    place = gl.arange(0, STEPS, gl.SliceLayout(1, place_layout))[:, None]
     unit = gl.arange(0, UNITS, gl.SliceLayout(0, place_layout))[None, :]
     target_layout: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, others))
     target_row = first_row_unit + gl.arange(0, ROW_UNITS, target_layout)
     target_row = gl.expand_dims(gl.expand_dims(target_row, 1), 2)
     target_ptr = map_ptr + target_row.to(gl.int64) * num_column_units
-    for start in range(begin // _STEPS * _STEPS, end, _STEPS):
+    for start in range(begin // STEPS * STEPS, end, STEPS):
         step = gl.expand_dims(start + place + unit * 0, 0)
         column_unit = gl.expand_dims((start + place) * UNITS + unit, 0)
         within = gl.expand_dims((start + place) * (128 * UNITS) + unit, 0)
@@ -224,10 +232,10 @@ def finish(
         if POOLED == 1:
             # What no row sees, while the others still multiply; where heads are pooled it is 0.
             rows = tile * 256 // ROW_UNIT, gl.minimum((tile + 1) * 256 // ROW_UNIT, num_row_units)
-            first = begin // _STEPS * _STEPS
-            last = first + (end - first + _STEPS - 1) // _STEPS * _STEPS
-            _clear(target_ptr, rows, num_column_units, 0, first * UNITS)
-            _clear(target_ptr, rows, num_column_units, last * UNITS, num_column_units)
+            first = begin * UNITS // _WRITTEN * _WRITTEN
+            last = first + (end * UNITS - first + _WRITTEN - 1) // _WRITTEN * _WRITTEN
+            _clear(target_ptr, rows, num_column_units, 0, first)
+            _clear(target_ptr, rows, num_column_units, last, num_column_units)
         mbarrier.wait(scored.index(half), (turn >> 1) & 1)
         for part in range(4):
             kept_ptr = memory_ptr + (half * 2 + part // 2) * stride

@@ -43,11 +43,14 @@ TILE_ROWS = 256
 _COLUMNS = 128
 """Columns of a tile: key blocks times their sub-blocks."""
 
+_TILE_PLACES = 16
+"""Sub-blocks of a key block in a tile, at most: a product's thread holds those of 8 key blocks."""
+
 _STAGES = 4
 _DIMS = (32, 64, 128)
 _DTYPES = (torch.float16, torch.bfloat16)
 _ROW_UNITS = (8, 16, 32, 64)
-_COLUMN_UNITS = (4, 8, 16)
+_COLUMN_UNITS = (4, 8, 16, 32)
 _LARGEST_MAXIMA = 320 << 20
 """Bytes that are kept."""
 
@@ -79,7 +82,6 @@ def _hopper_scores(
     items,
     POOLED: gl.constexpr,
     PLACES: gl.constexpr,
-    UNITS: gl.constexpr,
     ROW_UNIT: gl.constexpr,
     ROW_EXTENT: gl.constexpr,
     COLUMN_EXTENT: gl.constexpr,
@@ -87,9 +89,11 @@ def _hopper_scores(
     NEGATE: gl.constexpr,
 ):
     dim: gl.constexpr = row_desc.block_type.shape[3]
+    TILE_PLACES: gl.constexpr = column_desc.block_type.shape[2]
+    UNITS: gl.constexpr = column_desc.block_type.shape[3]
     row_smem = gl.allocate_shared_memory(row_desc.dtype, [4, 1, 1, 64, dim], row_desc.layout)
     column_smem = gl.allocate_shared_memory(
-        column_desc.dtype, [STAGES, 1, 1, PLACES, UNITS, dim], column_desc.layout
+        column_desc.dtype, [STAGES, 1, 1, TILE_PLACES, UNITS, dim], column_desc.layout
     )
     row_ring = (row_smem, make_barriers(1, 1), make_barriers(1, 2))
     column_ring = (column_smem, make_barriers(STAGES, 1), make_barriers(STAGES, 2))
@@ -200,13 +204,18 @@ def _programs(features: Tensor) -> int:
     return min(multiprocessors(features.device), ceil_div(num_rows, TILE_ROWS) * heads * batch)
 
 
+def _units_of_step(places: int) -> int:
+    """Return the key blocks of ``places`` sub-blocks that are taken together."""
+    return _COLUMNS // min(places, _TILE_PLACES)
+
+
 def _kept_bytes(features: Tensor, places: int, num_column_units: int) -> int:
-    units = _COLUMNS // places
+    units = _units_of_step(places)
     return 4 * _programs(features) * TILE_ROWS * ceil_div(num_column_units, units) * units
 
 
-def _describe_columns(features: Tensor, places: int, units: int) -> TensorDescriptor:
-    """Describe ``[b h c e]`` as ``[b h places blocks e]``, for copies of ``units`` blocks."""
+def _describe_columns(features: Tensor, places: int) -> TensorDescriptor:
+    """Describe ``[b h c e]`` as ``[b h places blocks e]``, for copies of column tiles."""
     batch, heads, columns, dim = features.shape
     shape = [batch, heads, places, ceil_div(columns, places), dim]
     # The stride of an axis of one entry means nothing and may be anything.
@@ -216,16 +225,15 @@ def _describe_columns(features: Tensor, places: int, units: int) -> TensorDescri
     ]
     step = features.stride(2)
     strides = [*outer, step, places * step, 1]
-    block = [1, 1, places, units, dim]
-    return TensorDescriptor(
-        features, shape, strides, block, _column_layout(places, units, dim, features.dtype)
-    )
+    block = (1, 1, min(places, _TILE_PLACES), _units_of_step(places), dim)
+    layout = _column_layout(block, features.dtype)
+    return TensorDescriptor(features, shape, strides, list(block), layout)
 
 
 @functools.cache
-def _column_layout(places: int, units: int, dim: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
+def _column_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
     element = gl.bfloat16 if dtype is torch.bfloat16 else gl.float16
-    return gl.NVMMASharedLayout.get_default_for([1, 1, places, units, dim], element)
+    return gl.NVMMASharedLayout.get_default_for(list(block), element)
 
 
 def launch(
@@ -267,11 +275,11 @@ def launch(
     )
     with launching_on(query_features, "query_features"):
         launch_kernel(_hopper_scores, _programs(query_features),
-            describe(query_features), _describe_columns(key_features, places, _COLUMNS // places),
+            describe(query_features), _describe_columns(key_features, places),
             memory, result.view(torch.int32) if groups > 1 else result, band.offset,
             num_rows, num_columns, *shape, q_len, k_len, band.upper, band.lower,
             positive_scale(scale), tiles, heads, batch, tiles * heads * batch,
-            POOLED=groups, PLACES=places, UNITS=_COLUMNS // places, ROW_UNIT=row_unit,
+            POOLED=groups, PLACES=places, ROW_UNIT=row_unit,
             ROW_EXTENT=query_sub_block, COLUMN_EXTENT=key_sub_block, STAGES=_STAGES,
             NEGATE=scale < 0, num_warps=4, maxnreg=128,
         )  # fmt: skip

@@ -98,7 +98,7 @@ def fine_rules(
     )
 
 
-_ROOM = 16
+_ROOM = 32
 """Sub-blocks of a key block, at most, that a kernel copies at once."""
 
 

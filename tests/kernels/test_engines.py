@@ -85,7 +85,7 @@ def score(k_len=130, dim=64, sub_blocks=(2, 4), dtype=torch.bfloat16, room=True,
     [
         ({"dim": 16}, "gate dim 16"),
         ({"dtype": torch.float32}, "dtype torch.float32"),
-        ({"sub_blocks": (2, 2)}, "32 and 32 sub-blocks per block"),
+        ({"sub_blocks": (2, 1)}, "32 and 64 sub-blocks per block"),
         ({"room": False}, "key_features end within a block of 16 sub-blocks"),
         ({"key_padding": torch.ones(1, 130, dtype=torch.bool)}, "padding or documents"),
     ],

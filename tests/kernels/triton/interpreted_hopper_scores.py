@@ -80,6 +80,9 @@ CASES = {
     "few rows": {"q_len": 5, "k_len": 700},
     "coarse": {"q_len": 900, "k_len": 900, "sub_blocks": (8, 8), "dim": 32},
     "wide": {"q_len": 500, "k_len": 1100, "sub_blocks": (4, 16), "dim": 128, "dtype": BF16},
+    "fine": {"q_len": 530, "k_len": 1100, "sub_blocks": (1, 2)},
+    "fine keys": {"q_len": 700, "k_len": 700, "sub_blocks": (4, 2), "dim": 32, "lower": -300},
+    "four places": {"q_len": 1100, "k_len": 1100, "sub_blocks": (8, 16)},
     "long blocks": {"q_len": 900, "k_len": 900, "sub_blocks": (2, 8), "blocks": (128, 128)},
     "negative": {"q_len": 500, "k_len": 500, "scale": -0.3},
     "offset": {"q_len": 400, "k_len": 800, "upper": 0, "offset": torch.tensor(130)},
@@ -125,8 +128,10 @@ def test_what_ends_within_a_block_or_cannot_be_copied_is_declined():
     assert reason() is None
     assert reason(columns=columns.clone()) == "key_features end within a block of 16 sub-blocks"
     assert reason(columns=columns[:, :, :16].clone()) is None
+    reason_of_fine_keys = reason(columns=columns[:, :, :16].clone(), sub_blocks=(2, 2), k_len=32)
+    assert reason_of_fine_keys == "key_features end within a block of 32 sub-blocks"
     assert reason(is_fine=True) == "padding or documents"
-    assert reason(sub_blocks=(2, 2)) == "32 and 32 sub-blocks per block"
+    assert reason(sub_blocks=(2, 1)) == "32 and 64 sub-blocks per block"
     assert reason(sub_blocks=(2, 5)) == "blocks are no whole number of sub-blocks"
     assert reason(k_len=1 << 25) == f"maxima of {1 << 19} key blocks"
     assert reason(rows=rows[..., :40]) == "gate dim 40"

@@ -90,7 +90,7 @@ def test_the_hopper_engine_copies_in_bulk_multiplies_without_waits_and_spills_no
 @pytest.mark.slow
 def test_hopper_scores_multiply_without_waits_and_hardly_spill(tmp_path):
     lines = [line for line in compiled("hopper_scores", tmp_path).splitlines() if "in " in line]
-    assert len(lines) == 4
+    assert len(lines) == 6
     for line in lines:
         products, groups, copies = map(
             int, re.findall(r"(\d+) products in (\d+) groups, (\d+) copies", line)[0]
@@ -101,5 +101,5 @@ def test_hopper_scores_multiply_without_waits_and_hardly_spill(tmp_path):
         assert copies >= 5, line
         local = int(re.findall(r"(\d+) local", line)[0])
         # What the loop over whole tiles does not use waits in local memory; gate dim 128 leaves no
-        # room for the mask of an edge tile.
-        assert local <= (450 if " 128," in line else 40), line
+        # room for the mask of an edge tile, 16 key blocks of a step little.
+        assert local <= (300 if " 128," in line else 100 if "(4, 8)" in line else 40), line
