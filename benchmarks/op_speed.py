@@ -74,6 +74,7 @@ class Case:
     """Keys that are padding in the last batch item; evenly less before."""
     sharing: Sharing = seer_compile.GateConfig().sharing
     selector: str = "top_p"
+    sub_blocks: tuple[int, int] = seer_compile.GateConfig().sub_blocks
     layout: str = "token major"
     """``token major``: as models lay out heads, a view of ``b q h d``; or ``heads first``."""
     queries: int | None = None
@@ -118,6 +119,7 @@ class Operator:
         self.visibility = Visibility(upper=self.shift, lower=lower, key_padding=padding)
         selectors = {"top_p": seer_compile.TopP(), "fraction": seer_compile.Fraction()}
         config = seer_compile.GateConfig(selector=selectors[case.selector], sharing=case.sharing)
+        config = config.with_sub_blocks(*case.sub_blocks)
         sizes = (case.heads, case.kv_heads, case.dim)
         self.gate = AttnGate(*sizes, config=config, device=device).requires_grad_(False)
 

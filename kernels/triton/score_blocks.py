@@ -139,19 +139,23 @@ def _write_from_memory(
     ``final_ptr`` holds the maximum of each row, then one over its sum.
     """
     ROW_UNITS: tl.constexpr = is_row_unit.shape[0]
+    TOGETHER: tl.constexpr = min(ROWS, 4)
     row_units = tl.arange(0, ROW_UNITS)
     for start in range(first, last, WIDTH):
         units = start + tl.arange(0, WIDTH)
         is_seen = (units >= begin) & (units < end)
         result = tl.zeros([ROW_UNITS, WIDTH], tl.float32)
-        for member in tl.static_range(ROWS):
-            rows = row_units * ROWS + member
-            pointers = largest_ptr + rows[:, None] * stride + units[None, :]
-            largest = tl.load(pointers, mask=is_seen[None, :], other=float("-inf"))
-            maximum = tl.load(final_ptr + rows)
-            factor = tl.load(final_ptr + ROW_UNITS * ROWS + rows)
-            weight = tl.math.exp2((largest - maximum[:, None]) * qk_scale) * factor[:, None]
-            result = _larger(result, weight)
+        # Loads of a few rows under way at a time; written out for all of them, the compiler would
+        # take seconds to compare every load with every other.
+        for some in range(0, ROWS, TOGETHER):
+            for member in tl.static_range(TOGETHER):
+                rows = row_units * ROWS + some + member
+                pointers = largest_ptr + rows[:, None] * stride + units[None, :]
+                largest = tl.load(pointers, mask=is_seen[None, :], other=float("-inf"))
+                maximum = tl.load(final_ptr + rows)
+                factor = tl.load(final_ptr + ROW_UNITS * ROWS + rows)
+                weight = tl.math.exp2((largest - maximum[:, None]) * qk_scale) * factor[:, None]
+                result = _larger(result, weight)
         target = map_ptr + row_units.to(tl.int64)[:, None] * num_column_units + units[None, :]
         _write(result, target, is_row_unit[:, None] & (units < last)[None, :], IS_SHARED)
 
