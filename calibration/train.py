@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -37,15 +36,14 @@ from seer_compile.calibration.resolution import choose_resolutions
 from seer_compile.calibration.search import search_shares
 from seer_compile.calibration.sensitivity import measure_sensitivity
 from seer_compile.calibration.site_trainer import GateTrainer, no_site
+from seer_compile.calibration.training_session import TrainingSession
 from seer_compile.config import CalibrationConfig, check_type
-from seer_compile.config_json import config_to_json
-from seer_compile.errors import NotConvergedError, ResumeMismatchError
+from seer_compile.errors import NotConvergedError
 from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SiteInputs
 
 _logger = logging.getLogger(__name__)
-_MOMENTS = ("exp_avg", "exp_avg_sq", "step", "average")
 
 
 def fit(
@@ -111,7 +109,7 @@ def fit(
         checkpoints.check_writable(checkpoint_dir)
     with _unchanged_on_error(store):
         trainer = GateTrainer(store, config)
-        session = _Session(trainer, stream, model or {}, checkpoint_dir)
+        session = TrainingSession(trainer, stream, model or {}, checkpoint_dir)
         _begin(run, session, progress=progress)
         with Interruption(enabled=checkpoint_dir is not None) as interruption:
             _train(run, session, interruption, progress=progress)
@@ -175,126 +173,7 @@ def _set_budget(store: GateStore, targets: Targets, allocation: Allocation | Non
         store.set_mode(True)
 
 
-class _Session:
-    """What ties a trainer to its data and its checkpoints."""
-
-    def __init__(
-        self,
-        trainer: GateTrainer,
-        stream: BatchStream,
-        model: Mapping[str, Any],
-        directory: str | os.PathLike[str] | None,
-    ) -> None:
-        self.trainer, self.stream, self.directory = trainer, stream, directory
-        training = dataclasses.asdict(trainer.config)
-        # How often to save, and what is measured afterwards, changes nothing of the weights; that
-        # nothing is measured leaves sub-blocks as they are configured.
-        training["measures_output"] = bool(training["sensitivity_batches"])
-        for name in ("checkpoint_every", "sensitivity_batches", "search_evaluations"):
-            del training[name]
-        self.identity = {
-            "training": training,
-            "gates": config_to_json(trainer.store.config),
-            "model": dict(model),
-            "data": stream.holdout_digest(),
-            "processes": distributed.world_size(),
-        }
-        self._saved = -1
-
-    def find(self) -> checkpoints.Checkpoint | None:
-        """Return the newest checkpoint, if there is one."""
-        found = None if self.directory is None else checkpoints.read_latest(self.directory)
-        if found is not None:
-            checkpoints.check_identity(found, self.identity)
-        return found
-
-    def resume(self, found: checkpoints.Checkpoint) -> None:
-        """Continue from a checkpoint."""
-        trainer = self.trainer
-        sites = [str(site["name"]) for site in found.state["sites"]]
-        absent = set(trainer.optimizers) - set(sites)
-        if absent:
-            raise ResumeMismatchError(f"the checkpoint lacks the sites {sorted(absent)}")
-        for site in found.state["sites"]:
-            # A site that only some batches reach may not have been met yet in this process.
-            sizes = {key: value for key, value in site.items() if key != "sub_blocks"}
-            gate = trainer.store.get_or_create(**sizes, device=trainer.device)
-            if site["name"] not in trainer.optimizers:
-                gate = trainer.add(site["name"])
-            _restore(trainer, site["name"], gate, found.tensors)
-        losses = found.tensors["losses"].tolist()
-        trainer.losses = [
-            {name: value for name, value in zip(sites, row, strict=True) if not math.isnan(value)}
-            for row in losses
-        ]
-        trainer.step = self._saved = found.step
-        if distributed.rank() == 0:
-            self.stream.seek(found.state["cursor"])
-        else:
-            # The digest is of process 0's data.
-            for _ in zip(range(int(found.state["cursor"]["position"])), self.stream, strict=False):
-                pass
-        _logger.info("Resumed calibration at step %d from %s", found.step, found.path)
-
-    def save(self) -> None:
-        """Write a checkpoint of this step, unless it is written already."""
-        trainer = self.trainer
-        if self.directory is None or distributed.rank() != 0 or self._saved == trainer.step:
-            return
-        history = trainer.loss_history()
-        tensors = {
-            "losses": torch.tensor(list(history.values()), dtype=torch.float64).t().contiguous()
-        }
-        for name, optimizer in trainer.optimizers.items():
-            for label, weight in trainer.gate(name).named_parameters():
-                tensors[f"{name}.{label}"] = weight
-                state = optimizer.state.get(weight) or {}
-                tensors |= {f"{name}.{label}.{key}": state[key] for key in _MOMENTS if key in state}
-            for label, start in trainer.starts.get(name, {}).items():
-                tensors[f"{name}.{label}.start"] = start
-        state = {
-            "identity": self.identity,
-            "cursor": self.stream.cursor,
-            "sites": [_site(name, trainer.gate(name)) for name in history],
-        }
-        checkpoints.write_checkpoint(self.directory, trainer.step, state=state, tensors=tensors)
-        self._saved = trainer.step
-
-
-def _restore(
-    trainer: GateTrainer, name: str, gate: AttnGate, tensors: Mapping[str, Tensor]
-) -> None:
-    optimizer = trainer.optimizers[name]
-    is_fused = optimizer.defaults["fused"]
-    with torch.no_grad():
-        for label, weight in gate.named_parameters():
-            weight.copy_(tensors[f"{name}.{label}"])
-            if f"{name}.{label}.start" in tensors:
-                start = tensors[f"{name}.{label}.start"].to(weight.device)
-                trainer.starts.setdefault(name, {})[label] = start
-            if f"{name}.{label}.step" not in tensors:
-                continue
-            keys = [key for key in _MOMENTS if f"{name}.{label}.{key}" in tensors]
-            state = {key: tensors[f"{name}.{label}.{key}"] for key in keys}
-            optimizer.state[weight] = {
-                # AdamW keeps its step count on the CPU unless it is fused.
-                key: value if key == "step" and not is_fused else value.to(weight.device)
-                for key, value in state.items()
-            }
-
-
-def _site(name: str, gate: AttnGate) -> dict[str, Any]:
-    return {
-        "name": name,
-        "heads": gate.heads,
-        "kv_heads": gate.kv_heads,
-        "head_dim": gate.head_dim,
-        "scale": gate.scale,
-        "sub_blocks": list(gate.config.sub_blocks),
-    }
-
-
-def _begin(run: Run, session: _Session, *, progress: bool) -> None:
+def _begin(run: Run, session: TrainingSession, *, progress: bool) -> None:
     """Choose resolutions and find the sites, or go on from a checkpoint."""
     trainer, stream, found = session.trainer, session.stream, session.find()
     store, config = trainer.store, trainer.config
@@ -332,7 +211,9 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
         distributed.broadcast(weight.data for weight in gate.parameters())
 
 
-def _train(run: Run, session: _Session, interruption: Interruption, *, progress: bool) -> None:
+def _train(
+    run: Run, session: TrainingSession, interruption: Interruption, *, progress: bool
+) -> None:
     trainer, config = session.trainer, session.trainer.config
     bar = tqdm(
         total=config.steps,
