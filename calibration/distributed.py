@@ -5,14 +5,16 @@ Every process passes its own share of the data. Without ``torch.distributed`` al
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from seer_compile.errors import CalibrationError
 from seer_compile.gate_store import GateStore
 
 
@@ -36,6 +38,37 @@ def rank() -> int:
 def world_size() -> int:
     """Return the number of processes, 1 without a group."""
     return dist.get_world_size() if is_on() else 1
+
+
+def gather(value: Any) -> list[Any]:
+    """Return the plain data that each process passes, in the order of their ranks."""
+    if not is_on():
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextlib.contextmanager
+def together() -> Iterator[None]:
+    """Raise on every process what is raised inside on one, so that none waits for what is gone.
+
+    Inside there must be no collective: a process that fails would miss it.
+
+    Raises:
+        CalibrationError: What another process, the first that failed, stopped by.
+    """
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    messages = gather(None if failure is None else str(failure))
+    if failure is not None:
+        raise failure
+    for process, message in enumerate(messages):
+        if message is not None:
+            raise CalibrationError(f"process {process} stopped: {message}")
 
 
 def average(tensors: Iterable[Tensor]) -> None:

@@ -30,7 +30,6 @@ from seer_compile.calibration.sensitivity import (
 from seer_compile.calibration.site_trainer import plain_numerics
 from seer_compile.calibration.temperature import fit_temperature
 from seer_compile.config import SUB_BLOCKS, GateConfig
-from seer_compile.errors import CalibrationDataError
 from seer_compile.gate import AttnGate
 from seer_compile.gate_store import GateStore
 from seer_compile.kernels.cost_model import cost_model
@@ -78,7 +77,7 @@ def choose_resolutions(
 
     Returns:
         Tokens of queries and of keys, for the sites that should have others than the store's; under
-        ``torch.distributed`` what process 0 measured.
+        ``torch.distributed`` what process 0 measured, and none where one reaches no site.
 
     Raises:
         CalibrationDataError: An output is not finite, or no tensor to compare is returned.
@@ -87,30 +86,23 @@ def choose_resolutions(
         One forward per batch, and three per site.
     """
     usual = store.config.sub_blocks
-    found: dict[str, list[Resolution]] = {}
-    failure: CalibrationDataError | None = None
     # Gates that nothing but this holds: those of the model may be in use.
     scratch = {
         size: GateStore(store.config.with_sub_blocks(*size), seed=store.seed)
         for size in candidate_sub_blocks(store.config)
     }
     with torch.no_grad():
-        largest = _largest(run, scratch[usual], batches)
-        if largest is None:
+        with distributed.together():
+            largest = _largest(run, scratch[usual], batches)
+        if any(distributed.gather(largest is None)) or largest is None:
             return {}
-        try:
-            hidden = not progress or distributed.rank() != 0
+        hidden = not progress or distributed.rank() != 0
+        with distributed.together():
             found = _measure(run, scratch, usual, largest, hidden=hidden)
-        except CalibrationDataError as error:
-            failure = error
     best = cheapest_divergence(found, usual)
     changed = {name: part.sub_blocks for name, part in best.items() if part.sub_blocks != usual}
-    # Of several processes the first one decides, on what it measured or could not.
-    told = {"changed": changed, "failed": failure is not None}
-    told = distributed.broadcast_json(told, largest.device)
-    if told["failed"]:
-        raise failure or CalibrationDataError("process 0 could not measure its held-out batch")
-    changed = {name: (int(query), int(key)) for name, (query, key) in told["changed"].items()}
+    # Of several processes the first one decides.
+    changed = distributed.gather(changed)[0]
     for name, size in changed.items():
         _logger.info("%s pools %d query and %d key tokens", name, *size)
     return changed

@@ -96,6 +96,7 @@ def fit(
         NonFiniteLossError: A loss or gradient is NaN or infinite; that step is in no checkpoint.
         ResumeMismatchError: The checkpoints belong to another model, data or configuration.
         CheckpointWriteError: A checkpoint could not be written; where none can be, before training.
+        CalibrationError: Another process stopped before the first step, and by what.
         NotConvergedError: No budget keeps the error of some site within ``max_error``, or no
             density is fast enough. The gates are trained then, and keep the default mass.
     """
@@ -104,9 +105,10 @@ def fit(
     targets = checked_targets(Targets(density, mass, max_error, latency))
     check_allocation(allocation, targets, config)
     longer = checked_curve_data(curve_data)
-    stream = BatchStream(data, holdout=config.holdout_batches)
-    if checkpoint_dir is not None and distributed.rank() == 0:
-        checkpoints.check_writable(checkpoint_dir)
+    with distributed.together():
+        stream = BatchStream(data, holdout=config.holdout_batches)
+        if checkpoint_dir is not None and distributed.rank() == 0:
+            checkpoints.check_writable(checkpoint_dir)
     with _unchanged_on_error(store):
         trainer = GateTrainer(store, config)
         session = TrainingSession(trainer, stream, model or {}, checkpoint_dir)
@@ -200,13 +202,13 @@ def _discover(run: Run, trainer: GateTrainer, stream: BatchStream) -> None:
             gate = reached[inputs.name] = trainer.add(inputs.name, inputs)
         return dense_answer(gate, inputs)
 
-    with torch.no_grad():
+    with distributed.together(), torch.no_grad():
         for batch in stream.holdout:
             run(batch, answer)
             if reached:
                 break
-    if not reached:
-        raise no_site()
+        if not reached:
+            raise no_site()
     for gate in reached.values():
         distributed.broadcast(weight.data for weight in gate.parameters())
 
@@ -224,8 +226,8 @@ def _train(
     )
     with bar:
         while trainer.step < config.steps:
-            batch = next(session.stream, None)
-            if distributed.any_process(batch is None, trainer.device):
+            batch = session.take()
+            if batch is None:
                 _logger.warning(
                     "The data ended after %d of %d steps; pass data that can be iterated again",
                     trainer.step,

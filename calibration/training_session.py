@@ -45,24 +45,50 @@ class TrainingSession:
         training["measures_output"] = bool(training["sensitivity_batches"])
         for name in ("checkpoint_every", "sensitivity_batches", "search_evaluations"):
             del training[name]
+        digests = distributed.gather(stream.holdout_digest())
         self.identity = {
             "training": training,
             "gates": config_to_json(trainer.store.config),
             "model": dict(model),
-            "data": stream.holdout_digest(),
+            # One process's data alone would be that of no other.
+            "data": digests[0] if len(digests) == 1 else digests,
             "processes": distributed.world_size(),
         }
         self._saved = -1
+        self._cursor: dict[str, Any] | None = None
+        """Where the stream was before a batch that was taken in vain."""
 
     def find(self) -> checkpoints.Checkpoint | None:
-        """Return the newest checkpoint, if there is one."""
-        found = None if self.directory is None else checkpoints.read_latest(self.directory)
-        if found is not None:
-            checkpoints.check_identity(found, self.identity)
+        """Return the newest checkpoint, if there is one.
+
+        Raises:
+            ResumeMismatchError: It belongs to another calibration, or other processes have others.
+        """
+        found = None
+        with distributed.together():
+            if self.directory is not None:
+                found = checkpoints.read_latest(self.directory)
+            if found is not None:
+                checkpoints.check_identity(found, self.identity)
+        steps = distributed.gather("none" if found is None else str(found.step))
+        if len(set(steps)) > 1:
+            raise ResumeMismatchError(
+                f"processes found checkpoints of different steps: steps {', '.join(steps)}",
+                hint="checkpoint_dir must be a folder that all processes see.",
+            )
         return found
 
     def resume(self, found: checkpoints.Checkpoint) -> None:
-        """Continue from a checkpoint."""
+        """Continue from a checkpoint.
+
+        Raises:
+            ResumeMismatchError: It lacks sites, or saw other batches.
+        """
+        with distributed.together():
+            self._resume(found)
+        _logger.info("Resumed calibration at step %d from %s", found.step, found.path)
+
+    def _resume(self, found: checkpoints.Checkpoint) -> None:
         trainer = self.trainer
         sites = [str(site["name"]) for site in found.state["sites"]]
         absent = set(trainer.optimizers) - set(sites)
@@ -87,7 +113,19 @@ class TrainingSession:
             # The digest is of process 0's data.
             for _ in zip(range(int(found.state["cursor"]["position"])), self.stream, strict=False):
                 pass
-        _logger.info("Resumed calibration at step %d from %s", found.step, found.path)
+
+    def take(self) -> Any | None:
+        """Return the next training batch; None where the data of any process has ended.
+
+        A batch that other processes have no counterpart for is not trained on, and a later run with
+        more data begins with it.
+        """
+        before = self.stream.cursor
+        batch = next(self.stream, None)
+        if not distributed.any_process(batch is None, self.trainer.device):
+            return batch
+        self._cursor = before
+        return None
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless it is written already."""
@@ -107,7 +145,7 @@ class TrainingSession:
                 tensors[f"{name}.{label}.start"] = start
         state = {
             "identity": self.identity,
-            "cursor": self.stream.cursor,
+            "cursor": self._cursor or self.stream.cursor,
             "sites": [_site(name, trainer.gate(name)) for name in history],
         }
         checkpoints.write_checkpoint(self.directory, trainer.step, state=state, tensors=tensors)

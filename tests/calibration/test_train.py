@@ -19,7 +19,6 @@ from seer_compile.calibration import checkpoint as checkpoints
 from seer_compile.calibration import site_trainer, train
 from seer_compile.calibration.budget import tabulate
 from seer_compile.calibration.record import BatchStream, split_batch
-from seer_compile.calibration.storage import describe_gates, load_gates
 from seer_compile.calibration.train import fit
 from seer_compile.config import CalibrationConfig, GateConfig
 from seer_compile.errors import (
@@ -35,7 +34,7 @@ from seer_compile.errors import (
 )
 from seer_compile.gate_store import GateStore
 from seer_compile.types import SiteInputs
-from support.calibrate_planted import GATES, TRAINING, calibrate
+from support.calibrate_planted import GATES, calibrate
 from support.planted import PlantedModel, batches
 
 SHORT = CalibrationConfig(
@@ -568,46 +567,6 @@ def test_process_killed_at_random_moments_ends_with_the_same_bytes(tmp_path, num
     assert process.returncode == 0, errors.decode()
     assert bytes_of(tmp_path / "parts") == bytes_of(tmp_path / "whole")
     assert bytes_of(tmp_path / "checkpoints") == bytes_of(tmp_path / "checkpoints-whole")
-
-
-@pytest.mark.slow
-def test_two_processes_end_with_equal_gates_trained_on_both_shares(tmp_path):
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        [str(TESTS), *filter(None, [os.environ.get("PYTHONPATH")])]
-    )
-    processes = [
-        subprocess.Popen(
-            [
-                *(sys.executable, "-m", "support.calibrate_together", str(tmp_path)),
-                *(str(tmp_path / "meeting"), str(rank), "2"),
-            ],
-            env=environment,
-            stderr=subprocess.PIPE,
-        )
-        for rank in range(2)
-    ]
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors.decode()
-    headers = [describe_gates(tmp_path / f"rank-{rank}.safetensors") for rank in range(2)]
-    assert headers[0]["model"] == headers[1]["model"] == {"steps": 3}
-    stores = [GateStore(GATES), GateStore(GATES)]
-    for rank, store in enumerate(stores):
-        load_gates(store, tmp_path / f"rank-{rank}.safetensors", model={"steps": 3})
-    weights = [
-        {key: value for key, value in state_of(store).items() if key != "metadata"}
-        for store in stores
-    ]
-    assert_equal_states(*weights)
-    alone, _ = run_fit(
-        batches(6, 160),
-        store=GateStore(GATES),
-        config=dataclasses.replace(TRAINING, steps=3),
-        density=0.4,
-    )
-    name = alone.names()[0]
-    assert not torch.equal(stores[0].get(name).key_weight, alone.get(name).key_weight)
 
 
 class TestStart:
