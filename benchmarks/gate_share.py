@@ -47,10 +47,13 @@ def size_rows(options: argparse.Namespace, sizes: Counter[Size]) -> Iterator[Row
     for size in sorted({*candidate_sub_blocks(GateConfig()), *sizes}):
         shape = {name: getattr(options, name) for name in ("heads", "kv_heads", "dim", "length")}
         row = measure(Case(sub_blocks=size, density=options.density, **shape), options.device)
-        row |= {"sub_blocks": "{},{}".format(*size), "sites": sizes[size]}
-        row["share"] = row["gate_ms"] / row["attention_ms"]
-        row["share_with_selection"] = row["share"] + row["selection_ms"] / row["attention_ms"]
-        yield row
+        yield {**row, "sub_blocks": "{},{}".format(*size), "sites": sizes[size], **shares(row)}
+
+
+def shares(parts: Row) -> Row:
+    """Return what gate, and gate and selection, take of the time of attention."""
+    gate, selection = (parts[name] / parts["attention_ms"] for name in ("gate_ms", "selection_ms"))
+    return {"share": gate, "share_with_selection": gate + selection}
 
 
 def mean_row(rows: list[Row]) -> Row:
@@ -60,13 +63,11 @@ def mean_row(rows: list[Row]) -> Row:
         name: sum(row["sites"] * row[name] for row in rows) / sites
         for name in ("attention_ms", "selection_ms", "gate_ms")
     }
-    share = parts["gate_ms"] / parts["attention_ms"]
     return {
         "sub_blocks": "mean of the sites",
         "sites": sites,
         **{name: round(ms, 4) for name, ms in parts.items()},
-        "share": share,
-        "share_with_selection": share + parts["selection_ms"] / parts["attention_ms"],
+        **shares(parts),
     }
 
 

@@ -230,9 +230,7 @@ class CurveRecorder:
             raise CalibrationDataError(
                 "the attention mass of a held-out batch is not finite", context={"site": name}
             )
-        gate = self.store.get(name)
-        assert gate is not None
-        data = distributed.broadcast_json(data, gate.query_weight.device)
+        data = distributed.gather(data)[0]
         head, scores, oracle = data["map"]
         return SiteTable(
             gate=BudgetCurve.from_json(data["gate"]),

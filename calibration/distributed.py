@@ -6,7 +6,6 @@ Every process passes its own share of the data. Without ``torch.distributed`` al
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Protocol, TypeVar
 
@@ -15,7 +14,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 from seer_compile.errors import CalibrationError
-from seer_compile.gate_store import GateStore
 
 
 class _Plain(Protocol):
@@ -93,28 +91,11 @@ def broadcast(tensors: Iterable[Tensor]) -> None:
             dist.broadcast(tensor, src=0)
 
 
-def broadcast_json(data: Any, device: torch.device) -> Any:
-    """Return process 0's plain data on every process."""
-    if not is_on():
-        return data
-    payload = torch.frombuffer(bytearray(json.dumps(data).encode()), dtype=torch.uint8).to(device)
-    size = torch.tensor([payload.numel()], device=device)
-    dist.broadcast(size, src=0)
-    if rank() != 0:
-        payload = torch.empty(int(size), dtype=torch.uint8, device=device)
-    dist.broadcast(payload, src=0)
-    return json.loads(bytes(payload.cpu().tolist()))
-
-
 def everywhere(
-    store: GateStore, tables: Mapping[str, _Table], parse: Callable[[Mapping[str, Any]], _Table]
+    tables: Mapping[str, _Table], parse: Callable[[Mapping[str, Any]], _Table]
 ) -> dict[str, _Table]:
     """Return on every process what process 0 measured of each site."""
-    gate = next((gate for _, gate in store.items()), None)
-    if gate is None:
-        return {}
-    data = {name: table.to_json() for name, table in tables.items()}
-    data = broadcast_json(data, gate.query_weight.device)
+    data = gather({name: table.to_json() for name, table in tables.items()})[0]
     return {name: parse(table) for name, table in data.items()}
 
 

@@ -188,8 +188,6 @@ class _DenseBatch(NamedTuple):
     lengths: dict[str, tuple[int, int]]
     """Tokens of queries and keys by site."""
     dense: DenseOutput
-    device: torch.device
-    """Where the gates are."""
 
     @property
     def pairs(self) -> int:
@@ -227,10 +225,7 @@ def _dense_batch(run: Run, store: GateStore, batch: object) -> _DenseBatch | Non
     """Answer a batch densely. A sample of the output is kept, and the output itself is freed."""
     sites = _Sites(store)
     output = run(batch, sites)
-    if not sites.lengths:
-        return None
-    device = next(gate for _, gate in store.items()).query_weight.device
-    return _DenseBatch(batch, sites.lengths, DenseOutput(output), device)
+    return _DenseBatch(batch, sites.lengths, DenseOutput(output)) if sites.lengths else None
 
 
 def _measure(

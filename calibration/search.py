@@ -100,7 +100,7 @@ def search_shares(
         )
         for name, rows in found.items()
     }
-    return distributed.everywhere(store, tables, ShareTable.from_json)
+    return distributed.everywhere(tables, ShareTable.from_json)
 
 
 def _trials(run: Run, store: GateStore, batches: Iterable[Any]) -> list[_Trial]:

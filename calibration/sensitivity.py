@@ -196,7 +196,7 @@ def measure_sensitivity(
                     (wholes if tokens == lengths[name] else halves)[name][tokens].append(part)
     # Where whole sequences of a length were measured, halves of longer ones are not needed.
     curves = {name: _curve({**halves[name], **by_length}) for name, by_length in wholes.items()}
-    return distributed.everywhere(store, curves, SensitivityCurve.from_json)
+    return distributed.everywhere(curves, SensitivityCurve.from_json)
 
 
 def _ends(observer: OneSparseSite, dense: DenseOutput) -> tuple[int, ...]:
